@@ -1,0 +1,17 @@
+"""What a long computation yields while it runs. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One report, made every few dozen steps so that the device is rarely waited for."""
+
+    completed: int
+    total: int
+    unit: str
+    """What is counted: `step`, `epoch`, `student`."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Values at `completed`, by name."""

@@ -1,0 +1,288 @@
+"""The spec of a job: one frozen, fully resolved document. Torch-free.
+
+A `JobSpec` has no hidden defaults: `presets.resolve` fills in what a submission leaves out, once, when it is posted. Every number
+has bounds and is finite, and unknown keys are refused, so that a spec that validates is a spec that means something.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from ncfm_core.catalog import DatasetName, PresetName
+
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Rate = Annotated[float, Field(gt=0, le=1000)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+BatchSize = Annotated[int, Field(ge=1, le=100_000)]
+
+AUGMENT_OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+
+
+class Part(BaseModel):
+    """Base of every part: frozen, closed, finite numbers, no silent conversions."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+    )
+
+
+class DatasetSpec(Part):
+    name: DatasetName
+    """Name in the catalog."""
+
+
+class ModelSpec(Part):
+    """A network of the ConvNet family (methods.md 0.1): depth blocks of conv 3x3, norm, ReLU, average pool, then one linear layer."""
+
+    name: Literal["convnet"]
+    """Network family."""
+    depth: Annotated[int, Field(ge=1, le=6)]
+    """Blocks; each halves the map."""
+    width: Annotated[int, Field(ge=4, le=1024)]
+    """Channels of every block."""
+    norm: Literal["instance", "group", "none"]
+    """Normalisation inside a block; all three treat each image on its own."""
+
+
+class AugmentSpec(Part):
+    """Differentiable siamese augmentation."""
+
+    policy: Literal["none", "single", "stack"]
+    """`single` applies one of the groups; `stack` applies flip, colour, one of crop, scale, rotate, and cutout."""
+    ops: Annotated[tuple[Literal["color", "crop", "cutout", "flip", "scale", "rotate"], ...], Field(max_length=6)]
+    """The groups to draw from."""
+
+
+class NcfmSpec(Part):
+    """Neural characteristic function matching (arXiv 2502.20653)."""
+
+    name: Literal["ncfm"]
+    """Method."""
+    steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    """Updates of the images."""
+    image_lr: Rate
+    """Step size of AdamW on the images, whose pixels lie in [0, 1]."""
+    image_weight_decay: Fraction
+    """Decoupled weight decay of the images."""
+    schedule: Literal["constant", "cosine"]
+    """Of the image rate over `steps`; cosine ends at zero."""
+    init: Literal["noise", "real", "tiled"]
+    """Images at step 0; `tiled` puts one shrunk real image into each tile."""
+    factor: Annotated[int, Field(ge=1, le=2)]
+    """Multi-formation: each stored image decodes to factor x factor training images."""
+    real_batch: BatchSize
+    """Real images per class and draw; a class with fewer is taken whole."""
+    reuse: Annotated[int, Field(ge=1, le=1000)]
+    """Image updates per draw of network, real batch, augmentation and frequencies."""
+    sampler: Literal["scale_mixture", "gaussian"]
+    """Where frequencies come from; `scale_mixture` is the learned psi of the minmax."""
+    num_frequencies: Annotated[int, Field(ge=1, le=65_536)]
+    """Frequencies per draw, all distinct."""
+    num_components: Annotated[int, Field(ge=1, le=4096)]
+    """Components of the scale mixture; divides `num_frequencies`."""
+    frequency_scale: Annotated[float, Field(gt=0, le=1000)]
+    """The one bandwidth s: root mean square of the scales of t."""
+    sampler_lr: Rate
+    """Step size of Adam on psi's log-scales."""
+    sampler_steps: Annotated[int, Field(ge=0, le=100)]
+    """Ascent steps of psi per draw; 0 leaves it where it started."""
+    amplitude_weight: Fraction
+    """alpha: weight of the amplitude; the phase has 1 - alpha."""
+    discrepancy_weight: Weight
+    """Weight of the characteristic-function gap."""
+    calibration_weight: Weight
+    """Weight of the cross-entropy of the images under the trained network."""
+    augment: AugmentSpec
+    """Shared by real and synthetic images of a draw."""
+    precision: Literal["float32", "bfloat16"]
+    """Of the real features, which need no gradient."""
+
+    @model_validator(mode="after")
+    def _components_divide_frequencies(self) -> NcfmSpec:
+        if self.sampler == "scale_mixture" and self.num_frequencies % self.num_components:
+            raise ValueError(
+                f"num_frequencies ({self.num_frequencies}) must be a multiple of num_components ({self.num_components})"
+            )
+        return self
+
+
+class TrainingSpec(Part):
+    """How a network is trained on labelled images: the recipe of teachers, students and the full data alike."""
+
+    epochs: Epochs
+    """Passes over the images."""
+    batch_size: BatchSize
+    """Images per step; a smaller set is one batch."""
+    optimizer: Literal["sgd", "adamw"]
+    """`sgd` has momentum 0.9."""
+    lr: Rate
+    """Initial step size."""
+    weight_decay: Fraction
+    """Coupled for sgd, decoupled for adamw."""
+    milestones: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(max_length=16)]
+    """Fractions of the epochs after which the rate is multiplied by `gamma`."""
+    gamma: Annotated[float, Field(gt=0, le=1)]
+    """Factor at each milestone."""
+    augment: AugmentSpec
+    """Drawn for each image apart."""
+    cutmix: Fraction
+    """Probability of CutMix, Beta(1, 1), per batch."""
+
+
+class TeachersSpec(Part):
+    """The pool that matching networks are blended from: each teacher keeps its initial and its trained weights."""
+
+    count: Annotated[int, Field(ge=1, le=1000)]
+    """Teachers in the pool."""
+    seed: Seed
+    """Of the pool, apart from the job's, so that jobs of several seeds share their teachers."""
+    training: TrainingSpec
+    """How each is trained on the real data."""
+
+
+class EvaluationSpec(Part):
+    """Fresh students trained on the distilled images, tested on the test set."""
+
+    protocol: Literal["ncfm", "quick", "custom"]
+    """Which protocol `training` is; `custom` when any of its fields was set by hand."""
+    model: ModelSpec
+    """The student's network."""
+    students: Annotated[int, Field(ge=1, le=1000)]
+    """Fresh students; mean and standard deviation are over these."""
+    training: TrainingSpec
+    """How each is trained; random real images are judged under the very same."""
+    tests: Annotated[int, Field(ge=1, le=1000)]
+    """Looks at the test set along the training, the last one at its end; only the last is published as the accuracy."""
+
+
+class FullDataSpec(Part):
+    """The full training set under a recipe of its own: the ceiling."""
+
+    students: Annotated[int, Field(ge=1, le=100)]
+    """Fresh networks."""
+    training: TrainingSpec
+    """How each is trained on the real data."""
+
+
+class ResourcesSpec(Part):
+    """What a stage takes of the cluster. Never changes a result's key."""
+
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0, le=64)]
+    """`auto`: one where the cluster has any, else none."""
+    cpus: Annotated[int, Field(ge=1, le=1024)]
+    """CPUs, which are also the threads of a stage."""
+
+
+class CheckpointSpec(Part):
+    """When a running distillation or teacher saves itself. Never changes a result."""
+
+    every_steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    """At most this many steps between two checkpoints."""
+    every_seconds: Annotated[float, Field(gt=0, le=86_400)]
+    """At most this many seconds between two checkpoints."""
+
+
+class Uniform(Part):
+    uniform: tuple[float, float]
+    """Lower and upper bound."""
+
+
+class LogUniform(Part):
+    loguniform: tuple[float, float]
+    """Lower and upper bound, both positive."""
+
+
+class RandInt(Part):
+    randint: tuple[int, int]
+    """Lower bound and upper bound, the upper one excluded."""
+
+
+Choice = Annotated[tuple[bool | int | float | str, ...], Field(min_length=1, max_length=100)]
+
+
+class SearchSpec(Part):
+    """Ray Tune over fields of `method`, judged on a part of the training data held out; the test set is never looked at."""
+
+    trials: Annotated[int, Field(ge=1, le=10_000)]
+    """Samples drawn from the space."""
+    space: Annotated[dict[str, Uniform | LogUniform | RandInt | Choice], Field(min_length=1, max_length=32)]
+    """Field of `method` to what it may be: a list of values, `uniform`, `loguniform` or `randint`."""
+    scheduler: Literal["asha", "random"]
+    """`asha` stops trials that fall behind at the rungs; `random` runs all to their end."""
+    steps: Annotated[int, Field(ge=1, le=10_000_000)]
+    """Updates of the images in a trial."""
+    rungs: Annotated[int, Field(ge=1, le=10)]
+    """Evaluations along a trial, evenly spaced, the last at its end."""
+    students: Annotated[int, Field(ge=1, le=100)]
+    """Students per evaluation."""
+    epochs: Epochs
+    """Of each student."""
+    validation_fraction: Annotated[float, Field(ge=0.01, le=0.5)]
+    """Share of each class's training images that is held out for judging."""
+
+    @field_validator("space")
+    @classmethod
+    def _ordered_bounds(
+        cls, space: dict[str, Uniform | LogUniform | RandInt | Choice]
+    ) -> dict[str, Uniform | LogUniform | RandInt | Choice]:
+        for name, entry in space.items():
+            if isinstance(entry, tuple):
+                continue
+            (low, high), *_ = entry.model_dump().values()
+            if not low < high:
+                raise ValueError(f"{name}: the lower bound must be below the upper one, got [{low}, {high}]")
+            if isinstance(entry, LogUniform) and low <= 0:
+                raise ValueError(f"{name}: loguniform needs positive bounds, got [{low}, {high}]")
+        return space
+
+
+class JobSpec(Part):
+    """Everything that defines a job, resolved."""
+
+    dataset: DatasetSpec
+    """The real data."""
+    ipc: Annotated[int, Field(ge=1, le=100_000)]
+    """Stored images per class."""
+    preset: PresetName
+    """Where the values that the submission left out came from."""
+    method: NcfmSpec
+    """How the images are learned."""
+    model: ModelSpec
+    """The network that features come from, of teachers and, by default, of students."""
+    teachers: TeachersSpec
+    """The pool of networks."""
+    evaluate: Annotated[tuple[EvaluationSpec, ...], Field(min_length=1, max_length=16)]
+    """How the set is judged; the first one gives the headline figures."""
+    full_data: FullDataSpec
+    """The ceiling beside it."""
+    search: SearchSpec | None
+    """A search over `method` before the distillation; null for none."""
+    resources: ResourcesSpec
+    """What a stage takes of the cluster."""
+    checkpoint: CheckpointSpec
+    """When it saves itself."""
+    experiment: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w .:-]+$")]
+    """MLflow experiment."""
+    seed: Seed
+    """Of everything drawn in this job but the teacher pool."""
+
+    def document(self) -> dict[str, JsonValue]:
+        """As plain JSON values."""
+        document: dict[str, JsonValue] = self.model_dump(mode="json")
+        return document
+
+    def digest(self) -> str:
+        """sha256 over the canonical JSON, `sha256:` in front."""
+        return digest(self.document())
+
+
+def digest(value: JsonValue) -> str:
+    """sha256 over the canonical JSON form of a value, as `sha256:<64 hex digits>`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

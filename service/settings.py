@@ -1,0 +1,39 @@
+"""Settings of the service's processes: environment variables `NCFM_*`. The only place that reads the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr
+
+from worker.settings import Surroundings
+
+
+class Settings(Surroundings):
+    """What api, controller and the embedded stack need beyond the worker's surroundings."""
+
+    database_url: str = ""
+    """SQLAlchemy URL; empty for `ncfm.db` below `home`."""
+    host: str = "127.0.0.1"
+    """Address the API binds to."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    """Port of the API; 0 for a free one (embedded stack only)."""
+    ray_url: str = "http://127.0.0.1:8265"
+    """Ray's dashboard, which serves the Jobs REST API."""
+    ray_token_path: Path | None = None
+    """File with Ray's authentication token; none where Ray asks for none."""
+    ray_token: SecretStr | None = None
+    """The token itself, where there is no file."""
+    worker_python: str = "python"
+    """The interpreter of a driver, as found on the cluster's nodes."""
+    max_running_jobs: Annotated[int, Field(ge=1, le=10_000)] = 4
+    """Jobs on the cluster at once, at most."""
+    max_infra_retries: Annotated[int, Field(ge=0, le=1000)] = 10
+    """New attempts after losses that are not the user's fault."""
+    poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5
+    """Pause between two rounds of the controller."""
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'ncfm.db'}"

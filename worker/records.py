@@ -1,0 +1,169 @@
+"""The JSON documents of the storage root: the one channel from a job's driver to the controller, and the manifests of results.
+
+jobs/<job>/spec.json                         the resolved spec, written by whoever starts the job
+jobs/<job>/attempts/<n>/status.json          AttemptStatus, rewritten at least every 2 s while something moves
+jobs/<job>/attempts/<n>/result.json          AttemptResult, once, at the end
+jobs/<job>/attempts/<n>/driver.log           what the driver logged
+objects/<job>-<n>/<stage>-<key>/<name>       files of stage results, immutable
+results/<key>.json                           StageResult, created only if absent: the commit
+checkpoints/<job>/<key>/<n>/<step>.safetensors   with <step>.json (CheckpointRecord) as its commit
+
+Readers ignore keys that they do not know, so that an older controller can follow a newer driver. Light: no torch, no ray.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+StageName = Literal["inspect", "teachers", "search", "distill", "evaluate", "publish"]
+STAGES: tuple[StageName, ...] = ("inspect", "teachers", "search", "distill", "evaluate", "publish")
+
+EXIT_USER_ERROR = 2
+"""Exit code of a driver whose spec, data or demand is at fault; any other non-zero one is ours or the machine's."""
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+def now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(UTC)
+
+
+class ErrorRecord(Record):
+    """Why it failed, for a person."""
+
+    code: str
+    """Stable name, such as `invalid_spec` or `internal`."""
+    problems: tuple[dict[str, str], ...]
+    """Each with field, value, message and hint (ncfm_core.errors.Problem)."""
+
+
+class Accuracy(Record):
+    """Test accuracy in percent over fresh students."""
+
+    mean: float
+    """Of the last epochs."""
+    std: float
+    """Over students, ddof 1; 0 for one student."""
+    n: int
+    """Students."""
+    best_mean: float
+    """Of each student's best look at the test set: kept apart, never the headline."""
+    values: tuple[float, ...]
+    """Last-epoch accuracy of each student."""
+
+
+class Figures(Record):
+    """The headline figures: the first evaluation of the spec."""
+
+    distilled: Accuracy
+    random_real: Accuracy
+    """Random real images at the same IPC under the same protocol."""
+    full: Accuracy
+    """The full training set under its own recipe."""
+
+
+class FileRecord(Record):
+    """One immutable file of a result."""
+
+    name: str
+    """Path inside the result, such as `distilled/preview.png`."""
+    path: str
+    """Path below the storage root."""
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hex digest."""
+
+
+class StageResult(Record):
+    """A committed stage result: `results/<key>.json`."""
+
+    version: Literal[1] = 1
+    key: str
+    stage: StageName
+    built_by: str
+    """`<job>-<attempt>`."""
+    created_at: datetime
+    files: tuple[FileRecord, ...]
+    figures: dict[str, JsonValue]
+    """What the stage found, as plain values (accuracies, digest, last losses)."""
+    seconds: float
+    """Time it took to build."""
+    environment: dict[str, JsonValue]
+    """Device, threads, versions, commit: recorded, never part of the key."""
+
+
+class CheckpointRecord(Record):
+    """The commit of one checkpoint file."""
+
+    version: Literal[1] = 1
+    key: str
+    step: int
+    file: FileRecord
+    environment: dict[str, JsonValue]
+    """Threads, precision, block size: kept on resume."""
+
+
+class AttemptStatus(Record):
+    """What an attempt says of itself while it runs."""
+
+    version: Literal[1] = 1
+    job_id: str
+    attempt: int
+    stage: StageName | None
+    completed: int
+    total: int
+    unit: str
+    message: str
+    """One line for a person, such as what it waits for."""
+    stages: dict[str, str]
+    """Stage name to `pending`, `running`, `cached` or `done`."""
+    heartbeat_at: datetime
+    mlflow_run_id: str | None
+    mlflow_url: str | None
+
+
+class AttemptResult(Record):
+    """The last word of an attempt."""
+
+    version: Literal[1] = 1
+    job_id: str
+    attempt: int
+    outcome: Literal["succeeded", "failed"]
+    error: ErrorRecord | None
+    """Set when it failed."""
+    retryable: bool
+    """A failed attempt whose cause is not the user's: the controller may try again."""
+    figures: Figures | None
+    evaluations: tuple[dict[str, JsonValue], ...]
+    """Every evaluation: protocol, model, and the accuracies of distilled, random_real."""
+    seconds: dict[str, float]
+    """Wall time by stage of this attempt, and `total`."""
+    artifacts: tuple[FileRecord, ...]
+    """Files of the published set."""
+    mlflow_run_id: str | None
+    mlflow_url: str | None
+    warnings: tuple[str, ...]
+    finished_at: datetime
+
+
+def job_root(job_id: str) -> str:
+    return f"jobs/{job_id}"
+
+
+def spec_path(job_id: str) -> str:
+    return f"{job_root(job_id)}/spec.json"
+
+
+def attempt_path(job_id: str, attempt: int, document: Literal["status.json", "result.json", "driver.log"]) -> str:
+    return f"{job_root(job_id)}/attempts/{attempt}/{document}"
+
+
+def result_path(key: str) -> str:
+    return f"results/{key.removeprefix('sha256:')}.json"
