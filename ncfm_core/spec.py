@@ -38,7 +38,7 @@ class DatasetSpec(Part):
 
 
 class ModelSpec(Part):
-    """A network of the ConvNet family (methods.md 0.1): depth blocks of conv 3x3, norm, ReLU, average pool, then one linear layer."""
+    """A network of the ConvNet family: depth blocks of conv 3x3, norm, ReLU and average pool, then one linear layer."""
 
     name: Literal["convnet"]
     """Network family."""

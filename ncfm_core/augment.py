@@ -1,0 +1,164 @@
+"""Differentiable siamese augmentation (DSA, arXiv 2102.08259) as functions of images and drawn parameters.
+
+Nothing is drawn while an augmentation is applied, so the same one can be laid over real and synthetic images (siamese), now and
+again later (reuse). Images are normalised, of shape (N, channels, H, W); the zero that fills borders is the mean colour.
+Parameters are uniform numbers u in [0, 1) of shape (n, k), where n is 1 (shared by the batch) or N (each image its own).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncfm_core.spec import AugmentSpec
+
+CROP_RATIO = 0.125
+CUTOUT_RATIO = 0.5
+SCALE_RATIO = 1.2
+ROTATE_DEGREES = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """Operations in their order, each with its parameters u."""
+
+    operations: tuple[tuple[str, Tensor], ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Augmented images of the same shape; differentiable in the images."""
+        for name, parameters in self.operations:
+            images = OPERATIONS[name](images, parameters.to(images.device))
+        return images
+
+
+def draw(spec: AugmentSpec, draw_from: torch.Generator, num: int = 1) -> Augmentation:
+    """Draw an augmentation.
+
+    Args:
+        spec: policy `single` draws one of the groups for the whole call; `stack` takes flip, colour, one of crop, scale and
+            rotate, and cutout, as far as they are named (methods DC, DM: single; NCFM: stack).
+        draw_from: generator on the CPU.
+        num: 1 for parameters shared by the batch, else the number of images.
+    """
+    if spec.policy == "none" or not spec.ops:
+        return Augmentation(())
+    if spec.policy == "single":
+        names = [spec.ops[int(torch.randint(len(spec.ops), (), generator=draw_from))]]
+    else:
+        geometric = [name for name in ("crop", "scale", "rotate") if name in spec.ops]
+        names = [name for name in ("flip", "color") if name in spec.ops]
+        if geometric:
+            names.append(geometric[int(torch.randint(len(geometric), (), generator=draw_from))])
+        names += [name for name in ("cutout",) if name in spec.ops]
+    return Augmentation(tuple((name, torch.rand((num, NUM_PARAMETERS[name]), generator=draw_from)) for name in names))
+
+
+def _column(parameters: Tensor, index: int) -> Tensor:
+    return parameters[:, index].view(-1, 1, 1, 1)
+
+
+def flip(images: Tensor, parameters: Tensor) -> Tensor:
+    """Mirror left to right with probability 1/2."""
+    if len(parameters) == 1:
+        return images.flip(3) if parameters[0, 0] < 0.5 else images
+    return torch.where(_column(parameters, 0) < 0.5, images.flip(3), images)
+
+
+def color(images: Tensor, parameters: Tensor) -> Tensor:
+    """Brightness x + (u - 1/2); saturation (x - m) 2u + m, m over channels; contrast (x - m)(u + 1/2) + m, m over the image."""
+    images = images + (_column(parameters, 0) - 0.5)
+    if images.shape[1] > 1:
+        grey = images.mean(dim=1, keepdim=True)
+        images = torch.lerp(grey, images, 2 * _column(parameters, 1))
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return torch.lerp(mean, images, _column(parameters, 2) + 0.5)
+
+
+def crop(images: Tensor, parameters: Tensor) -> Tensor:
+    """Shift by whole pixels, up to an eighth of the size each way, filled with zero."""
+    height, width = images.shape[2:]
+    reach = [int(CROP_RATIO * size + 0.5) for size in (height, width)]
+    shifts = [(parameters[:, axis] * (2 * reach[axis] + 1)).floor().long() for axis in (0, 1)]
+    padded = F.pad(images, (reach[1], reach[1], reach[0], reach[0]))
+    if len(parameters) == 1:
+        top, left = (int(shift) for shift in shifts)
+        return padded[:, :, top : top + height, left : left + width]
+    rows = shifts[0].view(-1, 1, 1, 1) + torch.arange(height, device=images.device).view(1, 1, -1, 1)
+    columns = shifts[1].view(-1, 1, 1, 1) + torch.arange(width, device=images.device).view(1, 1, 1, -1)
+    each = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
+    channel = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
+    return padded[each, channel, rows, columns]
+
+
+def cutout(images: Tensor, parameters: Tensor) -> Tensor:
+    """A zero square of half the size around a uniform centre, clipped at the borders."""
+    inside = []
+    for axis, size in ((0, images.shape[2]), (1, images.shape[3])):
+        side = int(CUTOUT_RATIO * size + 0.5)
+        start = (parameters[:, axis] * (size + (1 - side % 2))).floor() - side // 2
+        place = torch.arange(size, device=images.device).view(1, -1) - start.view(-1, 1)
+        inside.append((place >= 0) & (place < side))
+    hole = inside[0].unsqueeze(2) & inside[1].unsqueeze(1)
+    return images * (~hole).unsqueeze(1)
+
+
+def _affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """Resample bilinearly, zero outside; matrices of shape (n, 2, 2) map output to input coordinates."""
+    theta = F.pad(matrices, (0, 1)).expand(len(images), 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def scale(images: Tensor, parameters: Tensor) -> Tensor:
+    """Stretch each axis on its own by a factor in [1/1.2, 1.2)."""
+    return _affine(images, torch.diag_embed(parameters * (SCALE_RATIO - 1 / SCALE_RATIO) + 1 / SCALE_RATIO))
+
+
+def rotate(images: Tensor, parameters: Tensor) -> Tensor:
+    """Turn by an angle in [-15, 15) degrees."""
+    angle = (parameters[:, 0] - 0.5) * (2 * ROTATE_DEGREES * math.pi / 180)
+    cosine, sine = angle.cos(), angle.sin()
+    return _affine(images, torch.stack((cosine, -sine, sine, cosine), dim=1).view(-1, 2, 2))
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "flip": flip,
+    "color": color,
+    "crop": crop,
+    "cutout": cutout,
+    "scale": scale,
+    "rotate": rotate,
+}
+NUM_PARAMETERS = {"flip": 1, "color": 3, "crop": 2, "cutout": 2, "scale": 2, "rotate": 1}
+
+
+def cutmix(
+    images: Tensor, labels: Tensor, probability: float, draw_from: torch.Generator
+) -> tuple[Tensor, Tensor, float]:
+    """CutMix (arXiv 1905.04899) of a batch with a permutation of itself, lambda ~ Beta(1, 1) = U(0, 1).
+
+    Args:
+        images: shape (N, channels, H, W).
+        labels: int64 of shape (N,).
+        probability: of mixing at all.
+        draw_from: generator on the CPU.
+
+    Returns:
+        The images, the labels of what was pasted in, and the share of the area that the first labels keep.
+    """
+    chance, keep, x, y = torch.rand(4, generator=draw_from).tolist()
+    order = torch.randperm(len(images), generator=draw_from).to(images.device)
+    if chance >= probability:
+        return images, labels, 1.0
+    height, width = images.shape[2:]
+    side = math.sqrt(1 - keep)
+    top, bottom = (round(min(max(y * height + sign * side * height / 2, 0), height)) for sign in (-1, 1))
+    left, right = (round(min(max(x * width + sign * side * width / 2, 0), width)) for sign in (-1, 1))
+    mixed = images.clone()
+    mixed[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
+    return mixed, labels[order], 1 - (bottom - top) * (right - left) / (height * width)

@@ -1,0 +1,131 @@
+"""Where frequencies come from: Gaussian, or the learned scale mixture psi of the minmax.
+
+K frequencies of D features: t = s * sigma_k * z, z ~ N(0, I). Gaussian t have sigma = 1. The scale mixture has components of D
+log-scales r_k each, sigma_k = exp(r_k) / rms(exp(r_k)), and K / components frequencies for each component.
+
+Why the scales are normalised: both empirical characteristic functions fall to their sampling noise at large t, where the gap is
+at its largest and means nothing. With free scales the ascent runs there. With the root mean square of each component fixed, psi
+learns the shape, and the one bandwidth s stays a hyperparameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ncfm_core.discrepancy import CharacteristicFunction, characteristic_function, gap
+from ncfm_core.training import load_optimizer_state, optimizer_state, part
+
+
+class FrequencySampler(Protocol):
+    """Turns standard normal draws of shape (K, D) into frequencies of the same shape."""
+
+    def frequencies(self, normal_KD: Tensor) -> Tensor: ...
+
+    def ascend(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
+        """Play the sampler's side of the minmax for one draw; the rise of the mean gap, as a scalar on the device."""
+        ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Gaussian:
+    """Nothing to learn."""
+
+    def __init__(self, frequency_scale: float) -> None:
+        self.frequency_scale = frequency_scale
+
+    def frequencies(self, normal_KD: Tensor) -> Tensor:
+        return normal_KD * self.frequency_scale
+
+    def ascend(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
+        return normal_KD.new_zeros(())
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        return None
+
+
+class ScaleMixture:
+    """psi: a scale mixture of normals whose shape is learned by ascent on the gap (NCFM, section 3.2)."""
+
+    def __init__(
+        self,
+        *,
+        num_components: int,
+        num_features: int,
+        frequency_scale: float,
+        lr: float,
+        ascent_steps: int,
+        amplitude_weight: float,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            num_components: mixture components; must divide the number of frequencies.
+            num_features: D.
+            frequency_scale: s, the root mean square of every component's scales.
+            lr: of Adam on the log-scales.
+            ascent_steps: per draw.
+            amplitude_weight: of the gap that is raised.
+            device: where the log-scales live.
+        """
+        self.frequency_scale, self.ascent_steps, self.amplitude_weight = frequency_scale, ascent_steps, amplitude_weight
+        self.log_scales = torch.zeros((num_components, num_features), device=device, requires_grad=True)
+        self._optimizer = torch.optim.Adam([self.log_scales], lr=lr)
+
+    def scales(self) -> Tensor:
+        """sigma of each component, shape (components, D), positive, root mean square 1 over D."""
+        # The largest is taken out first, so that exp cannot overflow; the ratio does not change.
+        free = (self.log_scales - self.log_scales.amax(1, keepdim=True)).exp()
+        return free / free.square().mean(1, keepdim=True).sqrt()
+
+    def frequencies(self, normal_KD: Tensor) -> Tensor:
+        num_components = len(self.log_scales)
+        shaped = normal_KD.view(num_components, -1, normal_KD.shape[1]) * self.scales().unsqueeze(1)
+        return shaped.flatten(0, 1) * self.frequency_scale
+
+    def ascend(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
+        """Adam steps up the class mean of the gap, both sides' features held.
+
+        The gradient is asked for psi alone (`autograd.grad`), so that neither player's leaks into the other's.
+
+        Args:
+            normal_KD: the draw that the images will meet too.
+            real_CND: real features, without gradient.
+            synthetic_CND: synthetic features, without gradient.
+        """
+        if self.ascent_steps == 0:
+            return normal_KD.new_zeros(())
+        before = self._mean_gap(normal_KD, real_CND, synthetic_CND)
+        reached = before
+        for _ in range(self.ascent_steps):
+            (gradient,) = torch.autograd.grad(reached, self.log_scales)
+            self.log_scales.grad = -gradient
+            self._optimizer.step()
+            reached = self._mean_gap(normal_KD, real_CND, synthetic_CND)
+        self.log_scales.grad = None
+        return (reached - before).detach()
+
+    def _mean_gap(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
+        frequencies_KD = self.frequencies(normal_KD)
+        sides: list[CharacteristicFunction] = [
+            characteristic_function(features.detach(), frequencies_KD) for features in (real_CND, synthetic_CND)
+        ]
+        return gap(sides[0], sides[1], self.amplitude_weight).mean()
+
+    def state(self) -> dict[str, Tensor]:
+        optimizer = {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self._optimizer).items()}
+        return {"log_scales": self.log_scales.detach().clone()} | optimizer
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.log_scales.copy_(state["log_scales"])
+        load_optimizer_state(self._optimizer, part(state, "optimizer."))
