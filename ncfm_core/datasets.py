@@ -191,7 +191,13 @@ def _from_torchvision(facts: DatasetFacts, data_dir: Path, allow_download: bool)
     for train in (True, False):
         try:
             read = _TORCHVISION[facts.name](str(data_dir), train=train, download=bool(missing))
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+        except (
+            RuntimeError,
+            OSError,
+            EOFError,
+            ValueError,
+            AssertionError,
+        ) as error:  # torchvision asserts its formats
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise DatasetError.of(
                 "dataset.name", facts.name, f"the files below {data_dir} cannot be read: {reason}", "Fetch them again."

@@ -1,8 +1,8 @@
 """The one loop: images against psi, all classes together.
 
 A draw (network, real batch, augmentation, normal z) serves `reuse` image updates. At its start psi takes its ascent steps,
-then frequencies are fixed and the real side, which needs no gradient, is computed once. Random numbers are counted by draw and step, so
-a state saved between any two steps goes on with the same bits.
+then frequencies are fixed and the real side, which needs no gradient, is computed once. Random numbers are counted by draw
+and step, so a state saved between any two steps goes on with the same bits.
 """
 
 from __future__ import annotations

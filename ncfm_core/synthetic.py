@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ncfm_core.datasets import Dataset
 
-GRID_SCALE_TO = 32
+GRID_SCALE_TO = 64
 """Pixels that a stored image is enlarged to, at least, in a grid."""
 
 
@@ -48,14 +48,18 @@ class SyntheticSet:
         return decode(self.images, self.factor), self.labels.repeat_interleave(self.factor**2)
 
     def grid(self) -> Tensor:
-        """A picture of the stored images, one row a class, uint8 of shape (channels, rows, columns)."""
+        """A picture of the stored images, uint8 of shape (channels, height, width).
+
+        One row a class; a set of one image per class stands in one row.
+        """
         channels, height, _ = self.images.shape[1:]
         enlarge = -(-GRID_SCALE_TO // height)
         pixels = self.images.detach().mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
         pixels = pixels.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
         pixels = F.pad(pixels, (1, 1, 1, 1), value=128)
-        rows = pixels.view(self.num_classes, self.ipc, channels, *pixels.shape[2:])
-        return rows.permute(2, 0, 3, 1, 4).reshape(channels, -1, self.ipc * pixels.shape[3])
+        columns = self.ipc if self.ipc > 1 else self.num_classes
+        rows = pixels.view(-1, columns, channels, *pixels.shape[2:])
+        return rows.permute(2, 0, 3, 1, 4).reshape(channels, -1, columns * pixels.shape[3])
 
 
 def tiles(size: int, factor: int) -> list[tuple[int, int]]:

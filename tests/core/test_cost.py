@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from typing import Any
+
+from ncfm_core.cost import DAY_SECONDS, estimate, forward
+from ncfm_core.presets import resolve
+
+
+def seconds(gpus: float = 0, cpus: float = 2, **submission: Any) -> float:
+    return estimate(resolve(dict[str, Any](dataset="cifar10", ipc=10) | submission), cpus=cpus, gpus=gpus).seconds
+
+
+def test_paper_preset_takes_days_on_a_cpu_and_not_on_a_gpu() -> None:
+    assert seconds() > DAY_SECONDS > seconds(gpus=1)
+    assert "days on 2 CPU cores" in estimate(resolve({"dataset": "cifar10", "ipc": 10}), cpus=2, gpus=0).text
+
+
+def test_quick_preset_takes_less_than_an_hour_on_a_cpu() -> None:
+    assert seconds(preset="quick") < 3600
+    assert seconds(dataset="digits", ipc=1) < 120
+
+
+def test_more_work_costs_more() -> None:
+    assert seconds(preset="quick", method={"steps": 1200}) > seconds(preset="quick")
+    assert seconds(preset="quick", ipc=50) > seconds(preset="quick")
+    assert seconds(preset="quick", method={"reuse": 1}) > seconds(preset="quick")
+
+
+def test_gpu_that_was_declined_does_not_count() -> None:
+    assert seconds(gpus=1, resources={"gpus": 0}) == seconds(gpus=0)
+
+
+def test_forward_counts_two_for_each_multiply_and_add() -> None:
+    model = resolve({"dataset": "cifar10", "ipc": 1}).model
+    assert forward(model, 32, 3) == 2 * 9 * (3 * 128 * 32**2 + 128**2 * 16**2 + 128**2 * 8**2)

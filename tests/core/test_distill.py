@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ncfm_core.datasets import Dataset
+from ncfm_core.distill import Distillation
+from ncfm_core.errors import CheckpointError
+from ncfm_core.pools import TeacherPool
+from ncfm_core.presets import resolve
+from ncfm_core.spec import JobSpec, NcfmSpec
+
+CPU = torch.device("cpu")
+
+
+def distillation(digits: Dataset, pool: TeacherPool, method: NcfmSpec, *, ipc: int = 1, seed: int = 0) -> Distillation:
+    return Distillation(digits, pool, method, ipc=ipc, seed=seed, device=CPU)
+
+
+def changed(spec: JobSpec, **method: Any) -> NcfmSpec:
+    return resolve(spec.document() | {"method": spec.document()["method"] | method}).method  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("sampler", ["scale_mixture", "gaussian"])
+@pytest.mark.parametrize("stop", [1, 4, 5, 6, 11])
+def test_distillation_that_was_stopped_goes_on_with_the_same_bits(
+    digits: Dataset, pool: TeacherPool, spec: JobSpec, sampler: str, stop: int
+) -> None:
+    method = changed(spec, sampler=sampler)
+    whole, first, second = (distillation(digits, pool, method) for _ in range(3))
+    for _ in whole.run():
+        pass
+    for _ in first.run(until=stop):
+        pass
+    second.load_state(first.state())
+    for _ in second.run():
+        pass
+    assert second.step == second.total
+    assert torch.equal(whole.synthetic.images, second.synthetic.images)
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, second.state()[name]), name
+
+
+def test_reports_do_not_change_the_bits(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    whole, pieces = (distillation(digits, pool, spec.method) for _ in range(2))
+    for _ in whole.run():
+        pass
+    for stop in range(1, 13):
+        for _ in pieces.run(until=stop):
+            pass
+    assert torch.equal(whole.synthetic.images, pieces.synthetic.images)
+
+
+def test_no_network_parameter_ever_has_a_gradient(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    run = distillation(digits, pool, spec.method)
+    for _ in run.run(until=2):
+        pass
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in pool.network.parameters())
+
+
+def test_images_stay_in_range_and_change(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    run = distillation(digits, pool, spec.method)
+    before = run.synthetic.images.detach().clone()
+    for _ in run.run():
+        pass
+    images = run.synthetic.images.detach()
+    assert 0 <= images.min() and images.max() <= 1
+    assert (images - before).abs().mean() > 0.005
+
+
+def test_update_of_a_class_does_not_depend_on_the_other_classes_images(
+    digits: Dataset, pool: TeacherPool, spec: JobSpec
+) -> None:
+    method = changed(spec, sampler="gaussian", schedule="constant")
+    plain, disturbed = (distillation(digits, pool, method) for _ in range(2))
+    with torch.no_grad():
+        disturbed.synthetic.images[1:] = 0.3
+    for run in (plain, disturbed):
+        for _ in run.run(until=4):
+            pass
+    torch.testing.assert_close(plain.synthetic.images[0], disturbed.synthetic.images[0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(plain.synthetic.images[1], disturbed.synthetic.images[1], atol=1e-2)
+
+
+def test_psi_moves_and_reports_its_gain(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    run = distillation(digits, pool, changed(spec, sampler_lr=0.01))
+    reports = list(run.run())
+    assert reports[-1].metrics["psi_gain"] > 0
+    assert run.state()["sampler.log_scales"].abs().max() > 0.01
+
+
+def test_discrepancy_falls(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    run = distillation(digits, pool, changed(spec, steps=100, calibration_weight=0.0))
+    reports = list(run.run())
+    assert reports[-1].metrics["discrepancy"] < 0.9 * reports[0].metrics["discrepancy"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"init": "noise"}, {"init": "real", "factor": 1}, {"amplitude_weight": 0.2}, {"precision": "bfloat16"}]
+)
+def test_every_variant_runs(digits: Dataset, pool: TeacherPool, spec: JobSpec, change: dict[str, Any]) -> None:
+    run = distillation(digits, pool, changed(spec, **change), ipc=2)
+    for report in run.run(until=6):
+        assert all(value == value for value in report.metrics.values())
+    assert run.synthetic.images.isfinite().all()
+
+
+def test_state_of_another_distillation_is_refused(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    with pytest.raises(CheckpointError, match="does not fit"):
+        distillation(digits, pool, spec.method).load_state(distillation(digits, pool, spec.method, ipc=2).state())
+
+
+def test_fixed_seed_gives_the_reference(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    """Numbers that change need a new stage version in worker/plan.py, or stored results would be taken for these.
+
+    The message of the failed assertion holds what belongs into reference.json then.
+    """
+    reference = json.loads((Path(__file__).parent / "reference.json").read_text())
+    from worker.plan import STAGE_VERSIONS
+
+    run = distillation(digits, pool, spec.method)
+    for _ in run.run():
+        pass
+    measured = {
+        "teacher": pool._trained["classifier.weight"][0].double().abs().sum().item(),
+        "distill": run.synthetic.images.double().sum((1, 2, 3)).tolist(),
+    }
+    if not all(reference["values"][name] == pytest.approx(value, rel=2e-3) for name, value in measured.items()):
+        assert reference["versions"] != STAGE_VERSIONS, f"results changed, the stage versions did not: {measured}"
+    assert reference["versions"] == STAGE_VERSIONS, f"write reference.json for these versions: {measured}"

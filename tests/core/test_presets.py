@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ncfm_core import spec as spec_module
+from ncfm_core.catalog import DATASETS
+from ncfm_core.errors import SpecError
+from ncfm_core.presets import resolve, submission_schema
+from ncfm_core.spec import JobSpec, NcfmSpec, Part
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("ipc", [1, 10, 50])
+def test_resolve_of_a_resolved_spec_gives_it_again(dataset: str, ipc: int) -> None:
+    for preset in DATASETS[dataset].presets:
+        spec = resolve({"dataset": dataset, "ipc": ipc, "preset": preset})
+        assert resolve(spec.document()) == spec
+        assert resolve(json.loads(spec.model_dump_json())).digest() == spec.digest()
+
+
+def test_paper_preset_has_the_published_values() -> None:
+    spec = resolve({"dataset": "cifar10", "ipc": 10})
+    assert spec.preset == "paper"
+    assert (spec.method.steps, spec.method.num_frequencies, spec.method.num_components) == (20_000, 1024, 64)
+    assert (spec.method.real_batch, spec.method.factor, spec.method.init) == (1024, 2, "tiled")
+    assert (spec.teachers.count, spec.teachers.training.epochs, spec.model.width) == (20, 60, 128)
+    assert (spec.evaluate[0].training.epochs, spec.evaluate[0].students) == (2000, 10)
+
+
+def test_minmax_is_the_default_everywhere() -> None:
+    for name, facts in DATASETS.items():
+        for preset in facts.presets:
+            assert resolve({"dataset": name, "ipc": 1, "preset": preset}).method.sampler == "scale_mixture"
+
+
+def test_digits_never_flip() -> None:
+    for name in ("digits", "mnist"):
+        text = json.dumps(resolve({"dataset": name, "ipc": 1}).document())
+        assert '"flip"' not in text
+
+
+def test_a_changed_evaluation_is_no_longer_the_protocol() -> None:
+    submission: dict[str, Any] = {"dataset": "digits", "ipc": 1}
+    assert resolve(submission).evaluate[0].protocol == "quick"
+    assert resolve(submission | {"evaluate": [{"students": 9}]}).evaluate[0].protocol == "quick"
+    assert resolve(submission | {"evaluate": [{"training": {"epochs": 7}}]}).evaluate[0].protocol == "custom"
+
+
+def test_evaluation_takes_the_jobs_model_unless_it_names_its_own() -> None:
+    spec = resolve({"dataset": "digits", "ipc": 1, "model": {"width": 16}, "evaluate": [{}, {"model": {"width": 64}}]})
+    assert [entry.model.width for entry in spec.evaluate] == [16, 64]
+
+
+BAD: list[tuple[Any, str, str]] = [
+    ({}, "dataset", "required"),
+    ({"dataset": "digits"}, "ipc", "required"),
+    ({"dataset": "digit", "ipc": 1}, "dataset.name", "Did you mean 'digits'?"),
+    ({"dataset": {"nme": "digits"}, "ipc": 1}, "dataset", "object with a name"),
+    ({"dataset": 5, "ipc": 1}, "dataset", "must be a name"),
+    ({"dataset": "digits", "ipc": 0}, "ipc", "greater than or equal to 1"),
+    ({"dataset": "digits", "ipc": -3}, "ipc", "greater than or equal to 1"),
+    ({"dataset": "digits", "ipc": 1.5}, "ipc", "valid integer"),
+    ({"dataset": "digits", "ipc": 1.0}, "ipc", "valid integer"),
+    ({"dataset": "digits", "ipc": "1"}, "ipc", "valid integer"),
+    ({"dataset": "digits", "ipc": True}, "ipc", "valid integer"),
+    ({"dataset": "digits", "ipc": None}, "ipc", "valid integer"),
+    ({"dataset": "digits", "ipc": 119}, "ipc", "smallest class"),
+    ({"dataset": "digits", "ipc": 10**400}, "ipc", ""),
+    ({"dataset": "digits", "ipc": 1, "method": {"image_lr": math.nan}}, "method.image_lr", "finite"),
+    ({"dataset": "digits", "ipc": 1, "method": {"image_lr": math.inf}}, "method.image_lr", "finite"),
+    ({"dataset": "digits", "ipc": 1, "method": {"stps": 3}}, "method.stps", "Did you mean 'steps'?"),
+    ({"dataset": "digits", "ipc": 1, "sed": 3}, "sed", "Did you mean 'seed'?"),
+    ({"dataset": "digits", "ipc": 1, "evaluate": [{"model": {"dept": 3}}]}, "evaluate.0.model.dept", "'depth'"),
+    ({"dataset": "digits", "ipc": 1, "method": {"sampler": "gausian"}}, "method.sampler", "'gaussian'"),
+    ({"dataset": "digits", "ipc": 1, "method": {"num_frequencies": 100}}, "method", "multiple of num_components"),
+    ({"dataset": "digits", "ipc": 1, "model": {"depth": 4}}, "model.depth", "at most 3"),
+    ({"dataset": "digits", "ipc": 1, "model": "resnet"}, "model.name", "Known: convnet"),
+    ({"dataset": "digits", "ipc": 1, "preset": "paper"}, "preset", "preset: quick"),
+    ({"dataset": "digits", "ipc": 1, "preset": []}, "preset", "unknown preset"),
+    ({"dataset": "digits", "ipc": 1, "method": 3}, "method", "object"),
+    ({"dataset": "digits", "ipc": 1, "evaluate": []}, "evaluate", "at least 1"),
+    ({"dataset": "digits", "ipc": 1, "evaluate": [3]}, "evaluate.0", "object"),
+    ({"dataset": "digits", "ipc": 1, "resources": {"gpus": "x"}}, "resources.gpus", ""),
+    ({"dataset": "digits", "ipc": 1, "search": {}}, "search.space", "required"),
+    (
+        {"dataset": "digits", "ipc": 1, "search": {"space": {"image_lrr": [1.0]}}},
+        "search.space.image_lrr",
+        "'image_lr'",
+    ),
+    (
+        {"dataset": "digits", "ipc": 1, "search": {"space": {"image_lr": [0.1, -1.0]}}},
+        "search.space.image_lr",
+        "greater",
+    ),
+    ({"dataset": "digits", "ipc": 1, "search": {"space": {"image_lr": {"uniform": [2, 1]}}}}, "search.space", "below"),
+    ([1], "", "object"),
+]
+
+
+@pytest.mark.parametrize(("submission", "field", "says"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_resolve_refuses_and_names_the_field(submission: Any, field: str, says: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        resolve(submission)
+    assert field in [problem.field for problem in caught.value.problems]
+    assert says in str(caught.value)
+
+
+def test_resolve_refuses_deep_nesting_without_recursion() -> None:
+    deep: Any = 1
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(SpecError, match="nested deeper"):
+        resolve({"dataset": "digits", "ipc": 1, "method": deep})
+
+
+def test_every_number_of_the_spec_is_bounded_and_every_field_described() -> None:
+    parts = [part for part in vars(spec_module).values() if isinstance(part, type) and issubclass(part, BaseModel)]
+    fields: list[tuple[str, FieldInfo]] = [
+        (f"{part.__name__}.{name}", field)
+        for part in parts
+        if part is not Part
+        for name, field in part.model_fields.items()
+    ]
+    plain = [name for name, field in fields if field.annotation in (int, float) and not field.metadata]
+    assert plain == []
+    assert [name for name, field in fields if not field.description] == ["DatasetSpec.name"][:0]
+
+
+def test_submission_schema_asks_for_data_set_and_ipc_alone() -> None:
+    schema = submission_schema()
+    assert schema["required"] == ["dataset", "ipc"]
+    assert set(schema["properties"]) == set(JobSpec.model_fields)
+
+
+def test_search_space_accepts_every_numeric_and_categorical_field_of_the_method() -> None:
+    for name, field in NcfmSpec.model_fields.items():
+        if name in ("name", "augment", "num_components", "num_frequencies"):
+            continue
+        value = resolve({"dataset": "digits", "ipc": 1}).method.model_dump()[name]
+        resolve({"dataset": "digits", "ipc": 1, "search": {"space": {name: [value]}}})
+        assert field.description

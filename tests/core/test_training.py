@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ncfm_core.datasets import Dataset
+from ncfm_core.errors import CheckpointError
+from ncfm_core.models import build_model
+from ncfm_core.pools import TeacherPool, TeacherTraining
+from ncfm_core.presets import resolve
+from ncfm_core.rng import generator
+from ncfm_core.spec import JobSpec
+from ncfm_core.training import Training, learning_rate
+
+CPU = torch.device("cpu")
+
+
+def training(digits: Dataset, spec: JobSpec, **changes: object) -> Training:
+    recipe = spec.teachers.training.model_copy(update=changes)
+    model = build_model(spec.model, image_shape=digits.image_shape, num_classes=10, draw=generator(0, "init"))
+    return Training(
+        model, digits.train_images[:300], digits.train_labels[:300], digits, spec=recipe, seed=0, stream="test"
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stop", [1, 2, 4, 10])
+def test_training_that_was_stopped_goes_on_with_the_same_bits(
+    digits: Dataset, spec: JobSpec, optimizer: str, stop: int
+) -> None:
+    whole, first, second = (training(digits, spec, optimizer=optimizer) for _ in range(3))
+    for _ in whole.run():
+        pass
+    for _ in first.run(until=stop):
+        pass
+    second.load_state(first.state())
+    assert second.step == stop
+    for _ in second.run():
+        pass
+    for left, right in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_an_epoch_shows_every_image_once(digits: Dataset, spec: JobSpec) -> None:
+    run = training(digits, spec)
+    seen: list[int] = []
+    for step in range(run.steps_per_epoch):
+        for _ in run.run(until=step + 1):
+            pass
+        place = step * run.batch_size
+        seen += run._order[place : place + run.batch_size].tolist()
+    assert sorted(seen) == list(range(300))
+
+
+def test_rate_falls_at_the_milestones() -> None:
+    recipe = resolve({"dataset": "cifar10", "ipc": 1}).teachers.training
+    rates = [learning_rate(recipe, epoch) for epoch in range(60)]
+    assert rates == pytest.approx([0.01] * 40 + [0.002] * 10 + [0.0004] * 10)
+
+
+def test_state_of_another_training_is_refused(digits: Dataset, spec: JobSpec) -> None:
+    other = training(digits, spec.model_copy(update={"model": spec.model.model_copy(update={"width": 8})}))
+    with pytest.raises(CheckpointError, match="does not fit"):
+        training(digits, spec).load_state(other.state())
+
+
+def test_teachers_depend_on_seed_and_index_alone(digits: Dataset, spec: JobSpec) -> None:
+    def weights(seed: int, index: int) -> dict[str, torch.Tensor]:
+        recipe = spec.teachers.training.model_copy(update={"epochs": 1})
+        teacher = TeacherTraining(digits, spec.model, recipe, seed=seed, index=index, device=CPU)
+        for _ in teacher.run():
+            pass
+        return teacher.result()
+
+    first, again, second, reseeded = weights(0, 0), weights(0, 0), weights(0, 1), weights(1, 0)
+    name = "trained.classifier.weight"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], second[name])
+    assert not torch.equal(first[name], reseeded[name])
+    assert not torch.equal(first[name], first["initial.classifier.weight"])
+
+
+def test_teacher_learns(digits: Dataset, spec: JobSpec) -> None:
+    teacher = TeacherTraining(digits, spec.model, spec.teachers.training, seed=0, index=0, device=CPU)
+    before = teacher.accuracy()
+    for _ in teacher.run():
+        pass
+    assert before < 30 < 50 < teacher.accuracy()
+
+
+def test_pool_blends_the_two_ends_of_one_teacher(pool: TeacherPool) -> None:
+    seen = set()
+    for step in range(30):
+        extractors = pool.draw(generator(0, "draw", step))
+        index = next(
+            i
+            for i in range(pool.count)
+            if torch.equal(pool._trained["classifier.bias"][i], extractors.calibrate["classifier.bias"])
+        )
+        seen.add(index)
+        beta = {
+            round(
+                ((extractors.match[n] - initial[index]) / (pool._trained[n][index] - initial[index])).median().item(), 3
+            )
+            for n, initial in pool._initial.items()
+        }
+        assert len(beta) == 1 and 0 <= beta.pop() <= 1
+    assert seen == set(range(pool.count))
+
+
+def test_features_have_length_one(digits: Dataset, pool: TeacherPool) -> None:
+    weights = pool.draw(generator(0, "draw")).match
+    features = pool.features(weights, digits.normalise(digits.test_images[:5]))
+    assert features.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
