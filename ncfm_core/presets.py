@@ -30,7 +30,7 @@ def _augment(facts: DatasetFacts, policy: str, *ops: str) -> Document:
 
 
 def _ncfm_evaluation(facts: DatasetFacts) -> Document:
-    """The protocol of the paper (methods.md 5.4e), but the last epoch is what counts."""
+    """The protocol of the paper, but the last epoch is what counts."""
     return {
         "protocol": "ncfm",
         "students": 10,
@@ -59,10 +59,10 @@ def _quick_evaluation(facts: DatasetFacts) -> Document:
 
 
 def _paper(facts: DatasetFacts) -> Document:
-    """NCFM as published (arXiv 2502.20653 and its released configurations; methods.md 5.2).
+    """NCFM as published (arXiv 2502.20653 and its released configurations).
 
     The papers step each class apart through one shared Adam, 2C steps an iteration; one joint step needs its rate times sqrt(2C)
-    (methods.md 5.6), which gives 0.0045 at 10 classes.
+    (docs/method.md), which gives 0.0045 at 10 classes.
     """
     return {
         "method": {
@@ -121,11 +121,11 @@ def _paper(facts: DatasetFacts) -> Document:
 
 
 def _quick(facts: DatasetFacts) -> Document:
-    """A narrow network and few steps: minutes on two CPU cores. The weights are those that methods.md 5.8 found to work."""
+    """A narrow network and few steps: minutes on two CPU cores. The weights are of docs/method.md."""
     small = facts.image_size < 16
     quick: Document = {
         "method": {
-            "steps": 500 if small else 600,
+            "steps": 1000 if small else 600,
             "image_lr": 0.01 if small else 0.005,
             "real_batch": 128,
             "reuse": 5,
@@ -318,11 +318,16 @@ def _problem(details: Any) -> Problem:
     location = [
         part for part in details["loc"] if isinstance(part, int) or (part.replace("_", "").isalpha() and part.islower())
     ]
-    path = ".".join(str(part) for part in location)
     kind, context = details["type"], details.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        return Problem(path, "", "unknown key", nearest(str(location[-1]), known) if known else "")
+        # An unknown key may look like anything, also like the names of unions that are left out above.
+        key = str(details["loc"][-1])
+        parents = location[:-1] if location[-1:] == [key] else location
+        known = _fields_at(parents)
+        return Problem(
+            ".".join(map(str, [*parents, key])), "", "unknown key", nearest(key.lower(), known) if known else ""
+        )
+    path = ".".join(str(part) for part in location)
     if kind == "missing":
         return Problem(path, "", "required", "")
     value = shorten(details["input"])

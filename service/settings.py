@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
 
+from ncfm_core.errors import NcfmError, Problem, shorten
 from worker.settings import Surroundings
 
 
@@ -19,6 +20,8 @@ class Settings(Surroundings):
     """Address the API binds to."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     """Port of the API; 0 for a free one (embedded stack only)."""
+    allow_remote: bool = False
+    """Whether the API may bind to an address that others reach: it knows no users yet, so whoever reaches it may use it."""
     ray_url: str = "http://127.0.0.1:8265"
     """Ray's dashboard, which serves the Jobs REST API."""
     ray_token_path: Path | None = None
@@ -37,3 +40,27 @@ class Settings(Surroundings):
     @property
     def database(self) -> str:
         return self.database_url or f"sqlite:///{self.home / 'ncfm.db'}"
+
+
+class SettingsError(NcfmError):
+    """A variable NCFM_* has a value that it may not have."""
+
+    code = "invalid_settings"
+
+
+def load_settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        SettingsError: it names each variable that is at fault.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise SettingsError(
+            *(_problem(str(each["loc"][0]), each["input"], each["msg"]) for each in error.errors())
+        ) from None
+
+
+def _problem(name: str, value: object, message: str) -> Problem:
+    return Problem(f"NCFM_{name.upper()}", shorten(value), message[0].lower() + message[1:], "Change or unset it.")

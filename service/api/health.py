@@ -1,0 +1,39 @@
+"""Routes: whether the process turns, and whether it can take work."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from fastapi import APIRouter
+
+from service.api.context import StoreDep
+from service.api.models import Health
+from service.api.openapi import problems
+from service.store import Sighting
+from worker.records import now
+
+router = APIRouter(tags=["health"])
+
+CONTROLLER_SILENT = timedelta(seconds=20)
+"""A controller that has not looked for this long is taken for gone."""
+
+
+@router.get("/livez", summary="Process turns")
+async def livez() -> Health:
+    """Never touches database, Ray or MLflow: their absence is no reason to restart the API."""
+    return Health(status="ok", checks={})
+
+
+@router.get("/readyz", responses=problems(503), summary="Can take work")
+def readyz(store: StoreDep) -> Health:
+    """503 where the database takes no writes. Ray and MLflow, as the controller saw them, only degrade: jobs wait for them."""
+    store.check_writable()
+    checks = {"database": "ok"} | _seen(store.sighting())
+    return Health(status="ok" if set(checks.values()) == {"ok"} else "degraded", checks=checks)
+
+
+def _seen(sighting: Sighting | None) -> dict[str, str]:
+    if sighting is None or now() - sighting.checked_at > CONTROLLER_SILENT:
+        since = f"silent since {sighting.checked_at:%Y-%m-%d %H:%M:%S} UTC" if sighting else "not seen yet"
+        return {"controller": since}
+    return {"controller": "ok", "ray": sighting.ray_error or "ok", "mlflow": sighting.mlflow_error or "ok"}

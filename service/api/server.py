@@ -1,0 +1,76 @@
+"""The API's process: `ncfm api`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from ncfm_core.errors import NcfmError
+from service.api.app import create_app
+from service.api.guard import is_loopback
+from service.settings import Settings
+
+logger = logging.getLogger("ncfm.api")
+
+GRACE_S = 5
+"""Requests under way get this long after SIGTERM."""
+
+
+class AddressError(NcfmError):
+    """The address cannot be bound to, or may not."""
+
+    code = "address_unavailable"
+
+
+def main(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Raises:
+        AddressError: the address is taken, unknown, or reachable by others without leave.
+        StoreError: the database cannot be opened.
+        StorageError: the storage root cannot be opened.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with bind(settings) as listener:
+        config = uvicorn.Config(
+            create_app(settings),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_S,
+        )
+        server = uvicorn.Server(config)
+
+        def end(number: int, frame: FrameType | None) -> None:
+            server.should_exit = True
+
+        # Before uvicorn has its own handlers, and when it raises the signal once more after an orderly end.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+        host, port = listener.getsockname()[:2]
+        logger.info("api listens on %s port %d", host, port, extra={"action": "start"})
+        server.run(sockets=[listener])
+    logger.info("api ends", extra={"action": "end"})
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket of the settings' address."""
+    host, port = settings.host, settings.port
+    if not (is_loopback(host) or settings.allow_remote):
+        raise AddressError.of(
+            "NCFM_HOST",
+            host,
+            "others could reach the API there, and it knows no users yet",
+            "Bind to 127.0.0.1, or set NCFM_ALLOW_REMOTE=true where the network itself keeps strangers out.",
+        )
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        hint = "Choose another NCFM_PORT, or 0 for a free one."
+        where = f"{host}:{port}"
+        raise AddressError.of("NCFM_PORT", where, f"cannot listen there: {error.strerror}", hint) from error

@@ -1,0 +1,233 @@
+"""A job: what was asked, where it stands, and which moves are legal. Pure: no clock, no database, no network.
+
+`MOVES` is the one table of legal moves; the store refuses all others, the tests walk it, and the API's description prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+from ulid import ULID
+
+from ncfm_core.errors import NcfmError
+from worker.records import Accuracy, AttemptResult, AttemptStatus, ErrorRecord, FileRecord
+
+
+class State(StrEnum):
+    """Where a job stands. The set is closed; a reason says why."""
+
+    QUEUED = "queued"
+    """Accepted, not yet on the cluster."""
+    STARTING = "starting"
+    """An attempt is being handed to Ray, or waits there for its driver."""
+    RUNNING = "running"
+    """The attempt has reported itself."""
+    RECOVERING = "recovering"
+    """The attempt was lost; a new one will go on from its results and checkpoints."""
+    CANCELLING = "cancelling"
+    """The user wants its end; it is cancelled once its driver is known to be gone."""
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        return not MOVES[self]
+
+
+MOVES: Mapping[State, frozenset[State]] = {
+    State.QUEUED: frozenset({State.STARTING, State.CANCELLED}),
+    State.STARTING: frozenset({State.RUNNING, State.RECOVERING, State.CANCELLING, State.FAILED}),
+    State.RUNNING: frozenset({State.RECOVERING, State.CANCELLING, State.SUCCEEDED, State.FAILED}),
+    State.RECOVERING: frozenset({State.STARTING, State.CANCELLING, State.CANCELLED, State.FAILED}),
+    State.CANCELLING: frozenset({State.CANCELLED, State.SUCCEEDED}),
+    State.SUCCEEDED: frozenset(),
+    State.FAILED: frozenset(),
+    State.CANCELLED: frozenset(),
+}
+"""From each state, the states that a job may move to; none from a terminal one."""
+
+ACTIVE = tuple(state for state in State if state is not State.QUEUED and not state.is_terminal)
+"""States of a job that holds its share of the cluster."""
+
+
+class Reason(StrEnum):
+    """Why a job waits or ended. The set may grow: a reader takes an unknown one as text."""
+
+    WAITING_FOR_CLUSTER = "waiting_for_cluster"
+    """In the queue; the controller has not placed it yet."""
+    CLUSTER_FULL = "cluster_full"
+    """Others hold what it needs, or as many jobs run as may."""
+    EXCEEDS_CLUSTER = "exceeds_cluster"
+    """It demands more than the cluster has in all."""
+    CLUSTER_UNREACHABLE = "cluster_unreachable"
+    """Ray cannot be asked."""
+    USER_ERROR = "user_error"
+    """Its spec, its data or its demand is at fault."""
+    WORKER_LOST = "worker_lost"
+    """The driver ended without a result."""
+    CLUSTER_LOST = "cluster_lost"
+    """Ray has forgotten the attempt, as after a restart of its head."""
+    ATTEMPT_FAILED = "attempt_failed"
+    """The attempt failed for a cause that may pass, such as storage that was away."""
+    INTERNAL = "internal"
+    """Our own fault."""
+    REQUESTED = "requested"
+    """The user asked for it."""
+
+
+EventType = Literal["created", "state", "waiting", "stage"]
+
+
+class IllegalMove(NcfmError):
+    """A job may not go where it was asked to go."""
+
+    code = "illegal_move"
+
+
+class Value(BaseModel):
+    """Base of what a job is made of: frozen; what a later release adds is ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class Progress(Value):
+    """How far the current stage is."""
+
+    stage: str | None
+    """The stage that runs, or null between two."""
+    completed: int
+    total: int
+    unit: str
+    """What is counted: `step`, `epoch`, `student`."""
+
+
+class Result(Value):
+    """What a job found: accuracies in percent, of the last epoch, over fresh students."""
+
+    distilled: Accuracy | None
+    random_real: Accuracy | None
+    """Random real images at the same IPC under the same protocol."""
+    full: Accuracy | None
+    """The full training set under its own recipe."""
+    evaluations: tuple[dict[str, JsonValue], ...]
+    """Every evaluation of the spec."""
+    seconds: dict[str, float]
+    """Wall time by stage of the last attempt, and `total`."""
+
+
+class Demand(Value):
+    """What a job takes of the cluster while it runs."""
+
+    cpus: int
+    gpus: float | Literal["auto"]
+    """`auto`: one where the cluster has any."""
+
+
+class Job(Value):
+    """A job as the database holds it. `spec` stays a plain document, so that no later release can fail to read it."""
+
+    id: str
+    version: int = 0
+    """Counts moves and notes: whoever holds an older one may not change the job."""
+    event_seq: int = 0
+    """Sequence number of the last event."""
+    state: State = State.QUEUED
+    reason: Reason | None = Reason.WAITING_FOR_CLUSTER
+    message: str = ""
+    requested: dict[str, JsonValue]
+    spec: dict[str, JsonValue]
+    warnings: tuple[str, ...] = ()
+    attempt: int = 0
+    """Number of the current or last attempt; 0 before the first."""
+    losses: int = 0
+    """Attempts lost to causes that are not the user's."""
+    retry_at: datetime | None = None
+    progress: Progress | None = None
+    stages: dict[str, str] = {}
+    result: Result | None = None
+    error: ErrorRecord | None = None
+    artifacts: tuple[FileRecord, ...] = ()
+    mlflow_run_id: str | None = None
+    mlflow_url: str | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+    @property
+    def demand(self) -> Demand:
+        return Demand.model_validate(self.spec["resources"])
+
+
+class Event(Value):
+    """One thing that happened to a job."""
+
+    seq: int
+    """1, 2, 3, ... within the job, without gaps."""
+    at: datetime
+    type: EventType
+    data: dict[str, JsonValue]
+
+
+def new_job_id() -> str:
+    """A ULID in lower case: sorts by the time it was made, and is fit for paths and for Ray's submission ids."""
+    return str(ULID()).lower()
+
+
+def check_move(job: Job, to: State) -> None:
+    """Refuse what the table does not have.
+
+    Raises:
+        IllegalMove: the job may not go from its state to `to`.
+    """
+    if to not in MOVES[job.state]:
+        raise IllegalMove.of("state", str(job.state), f"a {job.state} job cannot become {to}", legal_moves(job.state))
+
+
+def cancel_move(job: Job) -> State | None:
+    """The state that a request to cancel leads to, or None where it is cancelled or being cancelled already.
+
+    A job without a driver is cancelled at once. After a lost cluster nobody knows yet whether the driver is gone.
+
+    Raises:
+        IllegalMove: the job has ended in another way.
+    """
+    if job.state in (State.CANCELLING, State.CANCELLED):
+        return None
+    if job.state is State.QUEUED or (job.state is State.RECOVERING and job.reason is Reason.WORKER_LOST):
+        return State.CANCELLED
+    if State.CANCELLING not in MOVES[job.state]:
+        raise IllegalMove.of("state", str(job.state), f"a {job.state} job cannot be cancelled", legal_moves(job.state))
+    return State.CANCELLING
+
+
+def legal_moves(state: State) -> str:
+    """A sentence on where a job in this state may go."""
+    if state.is_terminal:
+        return f"{state} is final: submit a new job instead."
+    return f"From {state} a job may become: {', '.join(to for to in State if to in MOVES[state])}."
+
+
+def moves_table() -> str:
+    """The table of legal moves in Markdown."""
+    rows = [f"| {state} | {', '.join(to for to in State if to in MOVES[state]) or 'final'} |" for state in State]
+    return "\n".join(["| from | to |", "|---|---|", *rows])
+
+
+def progress_of(status: AttemptStatus) -> Progress:
+    return Progress(stage=status.stage, completed=status.completed, total=status.total, unit=status.unit)
+
+
+def result_of(attempt: AttemptResult) -> Result:
+    figures = attempt.figures
+    return Result(
+        distilled=figures.distilled if figures else None,
+        random_real=figures.random_real if figures else None,
+        full=figures.full if figures else None,
+        evaluations=attempt.evaluations,
+        seconds=attempt.seconds,
+    )

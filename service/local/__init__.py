@@ -1,0 +1,1 @@
+"""The embedded stack: MLflow, a Ray head, the API and the controller as children of one process (`ncfm up`)."""

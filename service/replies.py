@@ -1,0 +1,119 @@
+"""What the HTTP API answers, as its client sees it. Readers ignore what a later server adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from ncfm_core.errors import NcfmError, Problem
+
+FINAL = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class Reply(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class Accuracy(Reply):
+    """Test accuracy in percent over fresh students, last epoch."""
+
+    mean: float
+    std: float
+    n: int
+
+
+class Progress(Reply):
+    stage: str | None = None
+    completed: int = 0
+    total: int = 0
+    unit: str = ""
+
+
+class Result(Reply):
+    distilled: Accuracy | None = None
+    random_real: Accuracy | None = None
+    full: Accuracy | None = None
+    seconds: dict[str, float] = Field(default_factory=dict)
+
+
+class Job(Reply):
+    """A job as the API shows it."""
+
+    id: str
+    state: str
+    reason: str | None = None
+    message: str = ""
+    spec: dict[str, JsonValue] = Field(default_factory=dict)
+    requested: dict[str, JsonValue] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    attempt: int = 0
+    progress: Progress | None = None
+    stages: dict[str, str] = Field(default_factory=dict)
+    """Stage name to `pending`, `running`, `cached` or `done`."""
+    result: Result | None = None
+    error: dict[str, JsonValue] | None = None
+    mlflow_run_id: str | None = None
+    mlflow_url: str | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    links: dict[str, str | None] = Field(default_factory=dict)
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL
+
+    @property
+    def title(self) -> str:
+        """Data set and IPC, as `digits ipc 1`."""
+        dataset = self.spec.get("dataset", self.requested.get("dataset"))
+        name = dataset.get("name") if isinstance(dataset, dict) else dataset
+        return f"{name} ipc {self.spec.get('ipc', self.requested.get('ipc'))}"
+
+    @property
+    def complaint(self) -> str:
+        """Why it failed, in words."""
+        return str(NcfmError(*problems_of(self.error))) if self.error else self.message or (self.reason or "")
+
+
+class Event(Reply):
+    seq: int
+    at: datetime
+    type: str
+    data: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Artifact(Reply):
+    """One file of the published set."""
+
+    name: str
+    """Path inside the set, such as `distilled/preview.png`."""
+    size: int
+    sha256: str
+
+
+class JobPage(Reply):
+    items: tuple[Job, ...]
+    next: str | None = None
+
+
+class EventPage(Reply):
+    items: tuple[Event, ...]
+    next: int | None = None
+
+
+class ArtifactPage(Reply):
+    items: tuple[Artifact, ...]
+
+
+def problems_of(document: Mapping[str, Any]) -> list[Problem]:
+    """The problems of an error document, or its summary where it lists none."""
+    listed = [
+        Problem(*(str(each.get(key, "")) for key in ("field", "value", "message", "hint")))
+        for each in document.get("errors") or document.get("problems") or ()
+    ]
+    summary = str(document.get("detail") or document.get("title") or document.get("code") or "no reason given")
+    return listed or [Problem("", "", summary.rstrip("."))]
