@@ -4,6 +4,7 @@ jobs/<job>/spec.json                         the resolved spec, written by whoev
 jobs/<job>/attempts/<n>/status.json          AttemptStatus, rewritten at least every 2 s while something moves
 jobs/<job>/attempts/<n>/result.json          AttemptResult, once, at the end
 jobs/<job>/attempts/<n>/driver.log           what the driver logged
+jobs/<job>/set/<name>                        a plain copy of the published set, for people
 objects/<job>-<n>/<stage>-<key>/<name>       files of stage results, immutable
 results/<key>.json                           StageResult, created only if absent: the commit
 checkpoints/<job>/<key>/<n>/<step>.safetensors   with <step>.json (CheckpointRecord) as its commit
@@ -167,3 +168,19 @@ def attempt_path(job_id: str, attempt: int, document: Literal["status.json", "re
 
 def result_path(key: str) -> str:
     return f"results/{key.removeprefix('sha256:')}.json"
+
+
+def object_folder(built_by: str, stage: StageName, key: str) -> str:
+    """Where an attempt (`<job>-<attempt>`) puts the files of one result."""
+    return f"objects/{built_by}/{stage}-{key.removeprefix('sha256:')[:12]}"
+
+
+def checkpoint_folder(job_id: str, key: str, attempt: int | None = None) -> str:
+    """The checkpoints of one result: of one attempt, or of all attempts of the job."""
+    folder = f"checkpoints/{job_id}/{key.removeprefix('sha256:')}"
+    return folder if attempt is None else f"{folder}/{attempt}"
+
+
+def set_folder(job_id: str) -> str:
+    """A plain copy of the published set, for people who look into the storage root."""
+    return f"{job_root(job_id)}/set"

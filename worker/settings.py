@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from pathlib import Path
 from typing import Annotated
 
@@ -36,4 +38,36 @@ class Surroundings(BaseSettings):
 
     @property
     def storage_url(self) -> str:
-        return self.storage or str(self.home / "storage")
+        """The root; a local one is absolute, since processes of several folders share it."""
+        url = self.storage or str(self.home / "storage")
+        return url if "://" in url else str(_absolute(Path(url)))
+
+
+RAY_ADDRESS = "RAY_ADDRESS"
+TRACKING = {
+    # A call to a server that is away must end soon: whoever makes it knows how to try again.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+}
+
+
+def ray_address() -> str | None:
+    """The cluster that this process was given; None for none, and then it may start its own."""
+    return os.environ.get(RAY_ADDRESS) or None
+
+
+def prepare_tracking() -> None:
+    """Set up the MLflow client of this process; what the user has set stays."""
+    for name, value in TRACKING.items():
+        os.environ.setdefault(name, value)
+
+
+def prepare_own_ray() -> None:
+    """Let a Ray cluster of this process's own ask for a token that only this process and its workers know."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

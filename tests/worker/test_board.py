@@ -1,0 +1,99 @@
+"""The status of an attempt."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from ncfm_core.progress import Progress
+from worker.board import Board, StatusWriter
+from worker.records import AttemptStatus, attempt_path
+from worker.storage import Storage
+
+
+@pytest.fixture
+def board() -> Board:
+    board = Board("J", 1)
+    board.expect(["inspect", "teachers", "teachers", "distill", "evaluate", "evaluate", "publish"])
+    board.started("inspect", "data")
+    board.finished("inspect", "data", cached=False)
+    return board
+
+
+def test_stage_is_the_first_that_is_not_complete(board: Board) -> None:
+    assert board.status().stage == "teachers"
+    board.finished("teachers", "teacher 0", cached=True)
+    board.finished("teachers", "teacher 1", cached=True)
+    assert board.status().stage == "distill"
+
+
+def test_progress_is_summed_over_parts(board: Board) -> None:
+    board.started("teachers", "teacher 0")
+    board.progressed("teachers", "teacher 0", Progress(50, 220, "step"))
+    status = board.status()
+    assert (status.completed, status.total, status.unit) == (50, 440, "step")
+    board.finished("teachers", "teacher 0", cached=False)
+    status = board.status()
+    assert (status.completed, status.total, status.unit) == (220, 440, "step")
+
+
+def test_parts_of_several_units_count_in_percent(board: Board) -> None:
+    for name in ("teacher 0", "teacher 1"):
+        board.finished("teachers", name, cached=True)
+    board.finished("distill", "distill", cached=True)
+    board.progressed("evaluate", "evaluation 0", Progress(1, 2, "student"))
+    board.progressed("evaluate", "full data", Progress(0, 300, "epoch"))
+    status = board.status()
+    assert (status.stage, status.completed, status.total, status.unit) == ("evaluate", 25, 100, "%")
+
+
+def test_states_say_what_was_cached(board: Board) -> None:
+    board.finished("teachers", "teacher 0", cached=True)
+    board.started("teachers", "teacher 1")
+    assert board.status().stages["teachers"] == "running"
+    board.finished("teachers", "teacher 1", cached=True)
+    board.started("distill", "distill")
+    board.finished("distill", "distill", cached=False)
+    states = board.status().stages
+    assert states == {
+        "inspect": "done",
+        "teachers": "cached",
+        "distill": "done",
+        "evaluate": "pending",
+        "publish": "pending",
+    }
+
+
+def test_seconds_count_overlapping_parts_once(board: Board) -> None:
+    board.started("evaluate", "evaluation 0")
+    board.started("evaluate", "full data")
+    time.sleep(0.2)
+    board.finished("evaluate", "evaluation 0", cached=False)
+    board.finished("evaluate", "full data", cached=False)
+    assert 0.15 < board.seconds()["evaluate"] < 0.39
+    assert board.seconds()["teachers"] == 0.0
+
+
+def test_status_is_written_at_once_and_at_the_end(board: Board) -> None:
+    storage, flushed = Storage("memory://"), []
+    with StatusWriter(board, storage, lambda: flushed.append(True)):
+        first = storage.get_record(attempt_path("J", 1, "status.json"), AttemptStatus)
+        board.message = "last words"
+    last = storage.get_record(attempt_path("J", 1, "status.json"), AttemptStatus)
+    assert first is not None
+    assert last is not None
+    assert last.message == "last words"
+    assert flushed
+
+
+def test_heartbeat_goes_on_while_nothing_moves(board: Board) -> None:
+    storage = Storage("memory://")
+    path = attempt_path("J", 1, "status.json")
+    with StatusWriter(board, storage, lambda: None):
+        first = storage.get_record(path, AttemptStatus)
+        time.sleep(3.3)
+        later = storage.get_record(path, AttemptStatus)
+    assert first is not None
+    assert later is not None
+    assert (later.heartbeat_at - first.heartbeat_at).total_seconds() >= 1.5

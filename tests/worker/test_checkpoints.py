@@ -1,0 +1,120 @@
+"""Which checkpoint a successor takes, and what it never touches."""
+
+from __future__ import annotations
+
+import torch
+
+from ncfm_core.progress import Progress
+from ncfm_core.spec import CheckpointSpec
+from worker.checkpoints import Checkpoints
+from worker.history import History, Picture
+from worker.storage import Storage
+
+KEY = "sha256:" + "c" * 64
+EVERY = CheckpointSpec(every_steps=10, every_seconds=3600.0)
+
+
+def checkpoints(storage: Storage, attempt: int = 1, key: str = KEY, every: CheckpointSpec = EVERY) -> Checkpoints:
+    return Checkpoints(storage, job_id="J", attempt=attempt, key=key, every=every, environment={"threads": 2})
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"images": torch.full((2, 3), value), "step": torch.tensor(int(value))}
+
+
+def history(*steps: int) -> History:
+    made = History()
+    for step in steps:
+        made.add(Progress(step, 100, "step", {"loss": 1.0 / step}))
+    return made
+
+
+def test_checkpoint_comes_back_whole() -> None:
+    storage = Storage("memory://")
+    pictures = (Picture(0, b"\x89PNG zero"), Picture(5, b"\x89PNG five"))
+    kept = history(5, 10)
+    checkpoints(storage).save(10, state(10), kept, pictures)
+    saved = checkpoints(storage, attempt=2).newest()
+    assert saved is not None
+    assert saved.step == 10
+    assert torch.equal(saved.state["images"], state(10)["images"])
+    assert saved.state["step"].shape == ()
+    assert saved.history.rows == kept.rows
+    assert saved.pictures == pictures
+    assert saved.environment == {"threads": 2}
+
+
+def test_there_is_none_at_first() -> None:
+    assert checkpoints(Storage("memory://")).newest() is None
+
+
+def test_only_the_newest_two_are_kept() -> None:
+    storage = Storage("memory://")
+    own = checkpoints(storage)
+    for step in (10, 20, 30):
+        own.save(step, state(step), history(step))
+    names = {path.rsplit("/", 1)[1] for path in storage.list("checkpoints")}
+    assert names == {f"{step:010d}.{end}" for step in (20, 30) for end in ("json", "safetensors")}
+
+
+def test_damaged_one_is_passed_over() -> None:
+    storage = Storage("memory://")
+    own = checkpoints(storage)
+    own.save(10, state(10), history(10))
+    own.save(20, state(20), history(20))
+    newest = next(path for path in storage.list("checkpoints") if path.endswith("20.safetensors"))
+    data = storage.get(newest)
+    assert data is not None
+    storage.put(newest, data[:-1] + bytes([data[-1] ^ 1]))
+    saved = checkpoints(storage, attempt=2).newest()
+    assert saved is not None
+    assert saved.step == 10
+
+
+def test_file_without_its_record_does_not_exist() -> None:
+    storage = Storage("memory://")
+    checkpoints(storage).save(10, state(10), history(10))
+    storage.delete([path for path in storage.list("checkpoints") if path.endswith(".json")])
+    assert checkpoints(storage, attempt=2).newest() is None
+
+
+def test_newest_of_all_attempts_counts() -> None:
+    storage = Storage("memory://")
+    checkpoints(storage, attempt=1).save(30, state(30), history(30))
+    checkpoints(storage, attempt=2).save(20, state(20), history(20))
+    saved = checkpoints(storage, attempt=3).newest()
+    assert saved is not None
+    assert saved.step == 30
+
+
+def test_successor_never_touches_what_an_attempt_wrote() -> None:
+    storage = Storage("memory://")
+    checkpoints(storage, attempt=1).save(10, state(10), history(10))
+    before = {path: storage.get(path) for path in storage.list("checkpoints")}
+    successor = checkpoints(storage, attempt=2)
+    successor.newest()
+    for step in (20, 30, 40):
+        successor.save(step, state(step), history(step))
+    successor.clear()
+    assert {path: storage.get(path) for path in storage.list("checkpoints")} == before
+
+
+def test_checkpoint_of_another_key_is_not_taken() -> None:
+    storage = Storage("memory://")
+    checkpoints(storage).save(10, state(10), history(10))
+    assert checkpoints(storage, key="sha256:" + "d" * 64).newest() is None
+
+
+def test_due_by_steps_at_multiples() -> None:
+    own = checkpoints(Storage("memory://"))
+    assert not own.due(9)
+    assert own.due(10)
+    own.save(13, state(13), history(13))
+    assert own.next_step == 20
+    assert not own.due(19)
+
+
+def test_due_by_time() -> None:
+    own = checkpoints(Storage("memory://"), every=CheckpointSpec(every_steps=1000, every_seconds=1e-9))
+    assert own.due(1)
+    assert not own.due(0)

@@ -1,0 +1,171 @@
+"""The tracker against a server that comes and goes: nothing lost, nothing twice, never waited for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+from pydantic import JsonValue
+
+from ncfm_core.errors import TrackingError
+from worker import live
+from worker.history import Picture, Row
+from worker.live import Rows, Story, Tracker, TrialRecord
+
+
+class MemoryRun:
+    """A run in memory on a server that can be taken away."""
+
+    run_id = "run"
+    url = "memory://run"
+
+    def __init__(self) -> None:
+        self.rows: Rows = []
+        self.pictures: list[int] = []
+        self.files: dict[str, bytes] = {}
+        self.tags: dict[str, str] = {}
+        self.data: list[str] = []
+        self.trials: list[int] = []
+        self.status = "RUNNING"
+        self.away = threading.Event()
+
+    def connect(self) -> MemoryRun:
+        self._ask()
+        return self
+
+    def _ask(self) -> None:
+        if self.away.is_set():
+            raise TrackingError.of("mlflow_url", "memory://", "away", "")
+
+    def log_data(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None:
+        self._ask()
+        self.data.append(name)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._ask()
+        self.tags |= tags
+
+    def log_rows(self, rows: Rows) -> None:
+        self._ask()
+        there = {(prefix, row["step"]) for prefix, row in self.rows}
+        self.rows += [(prefix, row) for prefix, row in rows if (prefix, row["step"]) not in there]
+
+    def log_pictures(self, pictures: Sequence[Picture]) -> None:
+        self._ask()
+        self.pictures += [each.step for each in pictures if each.step not in self.pictures]
+
+    def log_trials(self, trials: Sequence[TrialRecord]) -> None:
+        self._ask()
+        self.trials += [each.index for each in trials if each.index not in self.trials]
+
+    def log_files(self, files: Mapping[str, bytes]) -> None:
+        self._ask()
+        self.files |= files
+
+    def close(self, status: str) -> None:
+        self._ask()
+        self.status = status
+
+
+def row(step: int) -> Row:
+    return {"step": float(step), "time": 0.0, "loss": 1.0 / step}
+
+
+STORY = Story(
+    rows=[("distill/", row(step)) for step in range(1, 11)],
+    pictures=[Picture(0, b"a"), Picture(10, b"b")],
+    trials=[TrialRecord(index=0, params={}, rows=[], finished=True)],
+    files={"distilled/preview.png": b"png"},
+    tags={"ncfm.stage": "publish"},
+)
+
+
+def eventually(true: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "FLUSH_S", 0.05)
+    monkeypatch.setattr(live, "MAX_BACKOFF_S", 0.1)
+
+
+def test_rows_arrive_while_the_job_runs() -> None:
+    run, opened = MemoryRun(), []
+    tracker = Tracker(run.connect, on_open=lambda run_id, url: opened.append((run_id, url)))
+    tracker.describe_data("digits", "sha256:0", {})
+    tracker.offer_row("distill/", row(1))
+    tracker.offer_picture(Picture(0, b"a"))
+    tracker.offer_tags({"ncfm.stage": "distill"})
+    eventually(lambda: bool(run.rows and run.pictures and run.data))
+    tracker.close("FINISHED")
+    assert opened == [("run", "memory://run")]
+    assert run.tags == {"ncfm.stage": "distill"}
+    assert run.status == "FINISHED"
+
+
+def test_completion_fills_in_what_is_missing_without_repeating() -> None:
+    run = MemoryRun()
+    tracker = Tracker(run.connect)
+    tracker.offer_row("distill/", row(3))
+    eventually(lambda: bool(run.rows))
+    tracker.complete(STORY)
+    assert sorted(each["step"] for _, each in run.rows) == list(range(1, 11))
+    assert run.pictures == [0, 10]
+    assert run.files == STORY.files
+    assert run.trials == [0]
+
+
+def test_outage_in_the_middle_costs_nothing() -> None:
+    run = MemoryRun()
+    tracker = Tracker(run.connect)
+    tracker.offer_row("distill/", row(1))
+    eventually(lambda: bool(run.rows))
+    run.away.set()
+    started = time.monotonic()
+    for step in range(2, 11):
+        tracker.offer_row("distill/", row(step))
+    assert time.monotonic() - started < 0.05
+    time.sleep(0.3)
+    run.away.clear()
+    tracker.complete(STORY)
+    tracker.close("FINISHED")
+    assert sorted(each["step"] for _, each in run.rows) == list(range(1, 11))
+    assert run.status == "FINISHED"
+
+
+def test_server_that_comes_back_during_completion_is_waited_for() -> None:
+    run = MemoryRun()
+    run.away.set()
+    tracker = Tracker(run.connect, patience_s=30.0)
+    threading.Timer(0.5, run.away.clear).start()
+    tracker.complete(STORY)
+    assert run.files == STORY.files
+
+
+def test_server_that_stays_away_ends_the_completion() -> None:
+    run = MemoryRun()
+    run.away.set()
+    tracker = Tracker(run.connect, patience_s=0.5)
+    with pytest.raises(TrackingError, match="away"):
+        tracker.complete(STORY)
+    tracker.close("FAILED")
+    assert run.status == "RUNNING"
+
+
+def test_waiting_rows_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "MAX_WAITING", 5)
+    monkeypatch.setattr(live, "FLUSH_S", 60.0)
+    run = MemoryRun()
+    run.away.set()
+    tracker = Tracker(run.connect)
+    for step in range(1, 100):
+        tracker.offer_row("distill/", row(step))
+    waiting = tracker._waiting
+    assert [each["step"] for _, each in waiting.rows] == [95, 96, 97, 98, 99]
+    tracker.close("FAILED")

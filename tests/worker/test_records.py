@@ -1,0 +1,47 @@
+"""Paths and documents of the storage root, which the controller relies on."""
+
+from __future__ import annotations
+
+import pytest
+
+from worker.records import (
+    AttemptStatus,
+    attempt_path,
+    checkpoint_folder,
+    now,
+    object_folder,
+    result_path,
+    set_folder,
+    spec_path,
+)
+
+KEY = "sha256:" + "0123456789ab" * 6
+
+
+def test_paths_are_the_documented_ones() -> None:
+    assert spec_path("J") == "jobs/J/spec.json"
+    assert attempt_path("J", 2, "status.json") == "jobs/J/attempts/2/status.json"
+    assert result_path(KEY) == f"results/{KEY[7:]}.json"
+    assert object_folder("J-2", "distill", KEY) == "objects/J-2/distill-0123456789ab"
+    assert checkpoint_folder("J", KEY) == f"checkpoints/J/{KEY[7:]}"
+    assert checkpoint_folder("J", KEY, 2) == f"checkpoints/J/{KEY[7:]}/2"
+    assert set_folder("J") == "jobs/J/set"
+
+
+def test_records_cannot_be_changed() -> None:
+    status = AttemptStatus(
+        job_id="J",
+        attempt=1,
+        stage="distill",
+        completed=1,
+        total=2,
+        unit="step",
+        message="",
+        stages={"distill": "running"},
+        heartbeat_at=now(),
+        mlflow_run_id=None,
+        mlflow_url=None,
+    )
+    with pytest.raises(ValueError, match="frozen"):
+        status.completed = 2
+    assert AttemptStatus.model_validate_json(status.model_dump_json()) == status

@@ -1,0 +1,208 @@
+"""The stages on real data, without Ray: what they commit, and that a stopped one ends as if it had never been stopped."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ncfm_core.datasets import Dataset
+from ncfm_core.progress import Progress
+from ncfm_core.spec import JobSpec
+from worker import stages
+from worker.building import read_result_file, read_synthetic
+from worker.evidence import Evidence, accuracy_in
+from worker.history import HISTORY_FILE, Event, Notice, Picture, Stage, picture_step, read_history
+from worker.plan import plan
+from worker.records import StageResult
+from worker.site import Site
+from worker.storage import Storage
+
+SiteOf = Callable[[int], Site]
+Finish = Callable[[Stage], tuple[StageResult, list[Event]]]
+
+
+class Job:
+    """The stages of one job in one attempt."""
+
+    def __init__(self, site: Site, storage: Storage, digits: Dataset, spec: JobSpec, finish: Finish) -> None:
+        self.site, self.storage, self.digits, self.spec, self.finish = site, storage, digits, spec, finish
+        self.plan = plan(spec, digits.digest)
+
+    def teacher(self, index: int) -> Stage:
+        return stages.teacher(
+            self.site,
+            self.storage,
+            self.digits,
+            key=str(self.plan.teachers[index].key),
+            model=self.spec.model,
+            training=self.spec.teachers.training,
+            seed=self.spec.teachers.seed,
+            index=index,
+            held_out=None,
+        )
+
+    def distill(self, teachers: list[StageResult]) -> Stage:
+        return stages.distill(
+            self.site,
+            self.storage,
+            self.digits,
+            key=str(self.plan.distill.key),
+            teachers=teachers,
+            model=self.spec.model,
+            method=self.spec.method,
+            ipc=self.spec.ipc,
+            seed=self.spec.seed,
+        )
+
+    def evidence(self, distilled: StageResult) -> Evidence:
+        entry, key = self.spec.evaluate[0], self.plan
+        common: Any = (self.site, self.storage, self.digits)
+        return Evidence(
+            distilled=distilled,
+            evaluations=[
+                self.finish(
+                    stages.evaluation(
+                        *common, key=str(key.evaluations[0].key), distilled=distilled, entry=entry, seed=0
+                    )
+                )[0]
+            ],
+            random_real=[
+                self.finish(stages.random_real(*common, key=str(key.random_real[0].key), ipc=1, entry=entry, seed=0))[0]
+            ],
+            full_data=self.finish(
+                stages.full_data(
+                    *common, key=str(key.full_data.key), model=entry.model, recipe=self.spec.full_data, seed=0
+                )
+            )[0],
+        )
+
+
+JobOf = Callable[[int], Job]
+
+
+@pytest.fixture
+def job_of(site_of: SiteOf, storage: Storage, digits: Dataset, spec: JobSpec, finish: Finish) -> JobOf:
+    return lambda attempt: Job(site_of(attempt), storage, digits, spec, finish)
+
+
+def stop_after(stage: Stage, steps: int) -> None:
+    """Run a stage until it reports a step, then end it the hard way."""
+    for event in stage:
+        if isinstance(event, Progress) and event.completed >= steps:
+            stage.close()
+            return
+    raise AssertionError("the stage came to its end")
+
+
+def content(storage: Storage, result: StageResult) -> dict[str, Any]:
+    """Files of a result by name, the history without its clock."""
+    files: dict[str, Any] = {file.name: storage.read_file(file) for file in result.files}
+    rows = read_history(files[HISTORY_FILE]).rows
+    files[HISTORY_FILE] = [
+        {name: value for name, value in row.items() if name not in ("time", "psi_gain")} for row in rows
+    ]
+    return files
+
+
+def test_stopped_distillation_ends_with_the_same_bits(job_of: JobOf, storage: Storage, finish: Finish) -> None:
+    first = job_of(1)
+    teachers = [finish(first.teacher(index))[0] for index in range(2)]
+    undisturbed, events = finish(first.distill(teachers))
+    expected = content(storage, undisturbed)
+    storage.delete([path for path in storage.list("results") if storage.get_record(path, StageResult) == undisturbed])
+    stop_after(job_of(2).distill(teachers), 40)
+    assert {path.split("/")[3] for path in storage.list("checkpoints")} == {"2"}
+    resumed, later = finish(job_of(3).distill(teachers))
+    assert resumed.built_by == "job-3"
+    assert Notice("the distillation goes on from step 40") in later
+    assert content(storage, resumed) == expected
+    assert [event.step for event in events if isinstance(event, Picture)] == [0, 6, 15, 30, 45, 60]
+    assert [event.step for event in later if isinstance(event, Picture)] == [45, 60]
+
+
+def test_stopped_teacher_ends_with_the_same_bits(
+    job_of: JobOf, storage: Storage, finish: Finish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ncfm_core.training.REPORT_EVERY", 11)
+    undisturbed, _ = finish(job_of(1).teacher(0))
+    expected = content(storage, undisturbed)
+    storage.delete(storage.list("results"))
+    stop_after(job_of(2).teacher(0), 44)
+    resumed, later = finish(job_of(3).teacher(0))
+    assert Notice("teacher 0 goes on from step 44") in later
+    assert content(storage, resumed) == expected
+
+
+def test_checkpoints_are_gone_once_the_result_is_there(job_of: JobOf, storage: Storage, finish: Finish) -> None:
+    finish(job_of(1).teacher(0))
+    assert storage.list("checkpoints") == []
+
+
+def test_threads_of_the_checkpoint_are_kept(
+    site_of: SiteOf, job_of: JobOf, storage: Storage, finish: Finish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ncfm_core.training.REPORT_EVERY", 11)
+    first = job_of(1)
+    first.site = Site(**{name: getattr(first.site, name) for name in first.site.__slots__} | {"threads": 2})
+    stop_after(first.teacher(0), 44)
+    result, _ = finish(job_of(2).teacher(0))
+    assert result.environment["threads"] == 2
+
+
+def test_result_says_where_it_was_made(job_of: JobOf, finish: Finish) -> None:
+    result, _ = finish(job_of(1).teacher(0))
+    assert result.environment["torch"] == torch.__version__
+    assert result.environment["device"] == "cpu"
+    assert result.environment["threads"] == 1
+    assert isinstance(result.figures["accuracy"], float)
+    assert result.seconds > 0
+
+
+def test_published_files_hold_set_and_evidence(job_of: JobOf, storage: Storage, finish: Finish) -> None:
+    job = job_of(1)
+    distilled, _ = finish(job.distill([finish(job.teacher(index))[0] for index in range(2)]))
+    evidence = job.evidence(distilled)
+    key = str(job.plan.publish.key)
+    published, _ = finish(stages.publish(job.site, storage, job.digits, key=key, evidence=evidence, spec=job.spec))
+    names = {file.name for file in published.files}
+    assert {"distilled/images.safetensors", "distilled/preview.png", "evaluation.json"} < names
+    archive = zipfile.ZipFile(io.BytesIO(read_result_file(storage, published, "distilled-digits-ipc1.zip")))
+    assert set(archive.namelist()) == names - {"distilled-digits-ipc1.zip"}
+    document = json.loads(archive.read("evaluation.json"))
+    assert document["evaluations"][0]["distilled"]["mean"] == evidence.figures().distilled.mean
+    assert document["results"]["distill"] == distilled.key
+    again, _ = finish(
+        stages.publish(job_of(2).site, storage, job.digits, key="sha256:" + "e" * 64, evidence=evidence, spec=job.spec)
+    )
+    assert {file.name: file.sha256 for file in again.files} == {file.name: file.sha256 for file in published.files}
+
+
+def test_distilled_set_is_read_back(job_of: JobOf, storage: Storage, finish: Finish) -> None:
+    job = job_of(1)
+    distilled, _ = finish(job.distill([finish(job.teacher(index))[0] for index in range(2)]))
+    synthetic = read_synthetic(storage, distilled)
+    assert synthetic.images.shape == (10, 1, 8, 8)
+    assert synthetic.factor == job.spec.method.factor
+    assert sum(picture_step(file.name) is not None for file in distilled.files) == 6
+
+
+def test_accuracy_counts_the_last_epoch_of_each_student(job_of: JobOf, finish: Finish) -> None:
+    job = job_of(1)
+    result, events = finish(
+        stages.random_real(
+            job.site, job.storage, job.digits, key="sha256:" + "f" * 64, ipc=1, entry=job.spec.evaluate[0], seed=0
+        )
+    )
+    accuracy = accuracy_in(result)
+    last = [event.metrics["accuracy"] for event in events if isinstance(event, Progress)]
+    assert accuracy.values == tuple(last)
+    assert accuracy.n == 2
+    assert accuracy.mean == pytest.approx(sum(last) / 2)
+    assert accuracy.std == pytest.approx(abs(last[0] - last[1]) / 2**0.5)
+    assert accuracy.best_mean >= accuracy.mean

@@ -1,0 +1,140 @@
+"""`python -m worker run SPEC` and `plan SPEC`: the only entry, for people, `ray job submit` and the controller."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from pydantic import JsonValue, ValidationError
+
+from ncfm_core.errors import NcfmError, Problem, ResourcesError, SpecError
+from worker.records import EXIT_USER_ERROR
+from worker.settings import Surroundings, prepare_own_ray, ray_address
+from worker.spec_file import load_spec
+from worker.storage import Storage
+
+
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""It becomes part of paths in the storage root."""
+
+
+class Stopped(BaseException):
+    """The process was asked to end (SIGTERM): Ray stops jobs that way."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, `EXIT_USER_ERROR`, or 1 for anything that is not the user's fault."""
+    options = _parser().parse_args(arguments)
+    try:
+        surroundings = _surroundings(options)
+        if options.command == "plan":
+            return _plan(options, surroundings)
+        return _run(options, surroundings)
+    except NcfmError as error:
+        for problem in error.problems:
+            _tell(f"error: {problem}")
+        return EXIT_USER_ERROR if isinstance(error, SpecError | ResourcesError) else 1
+    except Stopped:
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        _tell("stopped")
+        return 128 + signal.SIGINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m worker", description="Distil a data set, or say what it would take."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("run", "carry a job out on the Ray cluster at RAY_ADDRESS, or on one started for it"),
+        ("plan", "show the stages of a job with the keys of their results; nothing is computed"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("spec", help="YAML or JSON file of a submission, or storage:jobs/<id>/spec.json")
+        command.add_argument("--storage", help="storage root: a folder or a URL (default: NCFM_STORAGE)")
+        command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        command.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE")
+    run = commands.choices["run"]
+    run.add_argument("--job-id", help="id of the job (default: a new one)")
+    run.add_argument("--attempt", type=int, default=1, help="number of the attempt at it")
+    run.add_argument("--mlflow", help="MLflow server (default: NCFM_MLFLOW_URL)")
+    inspect = commands.choices["plan"]
+    inspect.add_argument("--inspect", action="store_true", help="load the data here, so that every key is known")
+    return parser
+
+
+def _surroundings(options: argparse.Namespace) -> Surroundings:
+    given = {"storage": options.storage, "mlflow_url": getattr(options, "mlflow", None)}
+    try:
+        return Surroundings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        problems = [Problem(f"NCFM_{each['loc'][0]}".upper(), "", each["msg"], "") for each in error.errors()]
+        raise SpecError(*problems) from None
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def _plan(options: argparse.Namespace, surroundings: Surroundings) -> int:
+    from worker.planning import describe_plan
+
+    spec = load_spec(options.spec, options.changes, lambda: Storage(surroundings.storage_url))
+    described = describe_plan(spec, surroundings, inspect=options.inspect)
+    for each in described["builds"]:
+        _tell(f"{each['stage']:9} {each['name']:24} {each['state']:9} {each['key']}")
+    if options.json:
+        sys.stdout.write(json.dumps(described) + "\n")
+    return 0
+
+
+def _run(options: argparse.Namespace, surroundings: Surroundings) -> int:
+    signal.signal(signal.SIGTERM, _stop)
+    if options.attempt < 1:
+        raise SpecError.of("--attempt", options.attempt, "must be at least 1", "")
+    if options.job_id is not None and not JOB_ID.fullmatch(options.job_id):
+        raise SpecError.of("--job-id", options.job_id, "must be letters, digits, _ and -, at most 64", "")
+    spec = load_spec(options.spec, options.changes, lambda: Storage(surroundings.storage_url))
+    if ray_address() is None:
+        prepare_own_ray()
+    from worker.running import Request, run  # after the above: Ray reads its settings when it is imported
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.getLogger("worker").addHandler(handler)
+    request = Request(spec=spec, job_id=options.job_id, attempt=options.attempt)
+    result, headline = run(request, surroundings, on_connected=lambda: signal.signal(signal.SIGTERM, _stop))
+    if result.error is not None:
+        for problem in result.error.problems:
+            _tell(f"error: {Problem(**problem)}")
+        return 1 if result.retryable else EXIT_USER_ERROR
+    _show(headline)
+    if options.json:
+        sys.stdout.write(json.dumps(headline) + "\n")
+    return 0
+
+
+def _show(headline: dict[str, JsonValue]) -> None:
+    for name in ("distilled", "random_real", "full"):
+        figures = headline[name]
+        assert isinstance(figures, dict)
+        _tell(f"{name.replace('_', ' '):12} {figures['mean']:.1f} +- {figures['std']:.1f} %  (n={figures['n']})")
+    for name in ("set_path", "preview", "mlflow_url"):
+        if headline[name]:
+            _tell(f"{name.removesuffix('_path').replace('_url', ''):12} {headline[name]}")
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What an attempt says of itself while it runs: progress by stage, kept in memory and written to `status.json` by a thread."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ncfm_core.errors import StorageError
+from ncfm_core.progress import Progress
+from worker.records import STAGES, AttemptStatus, StageName, attempt_path, now
+from worker.storage import Storage
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 1.0
+"""Between two writes of the status while something moves."""
+HEARTBEAT_S = 2.0
+"""Between two writes while nothing does."""
+STOP_WAIT_S = 5.0
+
+
+@dataclass(slots=True)
+class _StageState:
+    """Progress of one stage over all of its builds."""
+
+    expected: int = 1
+    state: str = "pending"
+    parts: dict[str, Progress] = field(default_factory=dict)
+    running: set[str] = field(default_factory=set)
+    finished: int = 0
+    built: int = 0
+    busy_since: float = 0.0
+    seconds: float = 0.0
+    """Time in which at least one of its builds ran."""
+
+    def progress(self) -> tuple[int, int, str]:
+        """Completed, total and unit; in percent where the parts do not count alike."""
+        known = list(self.parts.values())
+        if len({(part.unit, part.total) for part in known}) == 1 and known[0].total:
+            total = known[0].total * max(self.expected, len(known))
+            return sum(part.completed for part in known), total, known[0].unit
+        share = sum(part.completed / part.total if part.total else 1.0 for part in known)
+        return round(100 * share / max(self.expected, len(known), 1)), 100, "%"
+
+
+class Board:
+    """Progress of an attempt; safe to use from several threads."""
+
+    def __init__(self, job_id: str, attempt: int) -> None:
+        self.message = ""
+        self.warnings: list[str] = []
+        self.mlflow_run_id: str | None = None
+        self.mlflow_url: str | None = None
+        self.job_id, self.attempt = job_id, attempt
+        self._stages: dict[StageName, _StageState] = {}
+        self._lock = threading.Lock()
+
+    def tracked(self, run_id: str, url: str) -> None:
+        """There is an MLflow run."""
+        self.mlflow_run_id, self.mlflow_url = run_id, url
+
+    def expect(self, stages: Iterable[StageName]) -> None:
+        """Say what is to come: a stage as often as it has parts."""
+        counts = Counter(stages)
+        with self._lock:
+            for stage, count in counts.items():
+                self._stages.setdefault(stage, _StageState()).expected = count
+
+    def started(self, stage: StageName, part: str) -> None:
+        with self._lock:
+            state = self._stages.setdefault(stage, _StageState())
+            if not state.running:
+                state.busy_since = time.monotonic()
+            state.running.add(part)
+            state.state = "running"
+
+    def progressed(self, stage: StageName, part: str, progress: Progress) -> None:
+        with self._lock:
+            self._stages[stage].parts[part] = progress
+
+    def finished(self, stage: StageName, part: str, *, cached: bool) -> None:
+        with self._lock:
+            state = self._stages.setdefault(stage, _StageState())
+            last = state.parts.get(part) or next(iter(state.parts.values()), Progress(1, 1, "part"))
+            state.parts[part] = Progress(last.total, last.total, last.unit)
+            if part in state.running:
+                state.running.remove(part)
+                state.seconds += 0.0 if state.running else time.monotonic() - state.busy_since
+            state.finished += 1
+            state.built += not cached
+            if state.finished >= state.expected:
+                state.state = "done" if state.built else "cached"
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time by stage so far."""
+        with self._lock:
+            return {stage: round(state.seconds, 2) for stage, state in self._stages.items()}
+
+    def status(self) -> AttemptStatus:
+        """The document as of now; its stage is the first one that is not complete."""
+        with self._lock:
+            active = [stage for stage in STAGES if stage in self._stages]
+            open_stages = [stage for stage in active if self._stages[stage].state in ("pending", "running")]
+            stage = open_stages[0] if open_stages else (active[-1] if active else None)
+            completed, total, unit = self._stages[stage].progress() if stage else (0, 0, "")
+            return AttemptStatus(
+                job_id=self.job_id,
+                attempt=self.attempt,
+                stage=stage,
+                completed=completed,
+                total=total,
+                unit=unit,
+                message=self.message,
+                stages={name: self._stages[name].state for name in active},
+                heartbeat_at=now(),
+                mlflow_run_id=self.mlflow_run_id,
+                mlflow_url=self.mlflow_url,
+            )
+
+
+class StatusWriter:
+    """Writes the board's status from a thread of its own, so that a silent stage or a slow server does not look like a death."""
+
+    def __init__(self, board: Board, storage: Storage, also: Callable[[], None]) -> None:
+        """
+        Args:
+            board: what to write.
+            storage: where to.
+            also: called after each write, such as to keep the log.
+        """
+        self._board, self._storage, self._also = board, storage, also
+        self._path = attempt_path(board.job_id, board.attempt, "status.json")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="status", daemon=True)
+
+    def __enter__(self) -> StatusWriter:
+        self._write(self._board.status())
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(STOP_WAIT_S)
+
+    def _run(self) -> None:
+        written, written_at = self._board.status(), time.monotonic()
+        while not self._stop.wait(EVERY_S):
+            status = self._board.status()
+            moved = status.model_copy(update={"heartbeat_at": written.heartbeat_at}) != written
+            if moved or time.monotonic() - written_at >= HEARTBEAT_S - EVERY_S / 2:
+                self._write(status)
+                written, written_at = status, time.monotonic()
+        self._write(self._board.status())
+
+    def _write(self, status: AttemptStatus) -> None:
+        try:
+            self._storage.put_record(self._path, status)
+            self._also()
+        except StorageError as error:
+            log.warning("the status cannot be written: %s", error)

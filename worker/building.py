@@ -1,0 +1,94 @@
+"""What all stages share: where they run, how a result is built and committed, and how results are read back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import safetensors.torch
+import torch
+from pydantic import JsonValue
+
+from ncfm_core.datasets import Dataset
+from ncfm_core.pools import TeacherPool
+from ncfm_core.spec import ModelSpec
+from ncfm_core.synthetic import SyntheticSet, from_state
+from worker.checkpoints import Checkpoints
+from worker.environment import describe, peak_memory
+from worker.history import HISTORY_FILE, History
+from worker.plan import STAGE_OF, Kind
+from worker.records import StageResult, now, object_folder
+from worker.site import Site
+from worker.storage import Storage
+
+WEIGHTS_FILE = "weights.safetensors"
+IMAGES_FILE = "images.safetensors"
+
+
+class Building:
+    """A result in the making: its clock, its history and its commit."""
+
+    def __init__(self, site: Site, storage: Storage, kind: Kind, key: str) -> None:
+        self.history = History()
+        self._site, self._storage, self._kind, self._key = site, storage, kind, key
+        self._started = time.monotonic()
+        torch.set_num_threads(site.threads)
+        if site.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        self.environment = describe(site.device, site.threads, site.code_version)
+
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(
+            self._storage,
+            job_id=self._site.job_id,
+            attempt=self._site.attempt,
+            key=self._key,
+            every=self._site.checkpoint,
+            environment=self.environment,
+        )
+
+    def keep_threads(self, recorded: dict[str, JsonValue]) -> None:
+        """Go on with the threads of the checkpoint: another number of them may round sums differently."""
+        threads = recorded.get("threads")
+        if isinstance(threads, int):
+            torch.set_num_threads(threads)
+            self.environment["threads"] = threads
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def commit(self, files: dict[str, bytes], figures: dict[str, JsonValue]) -> StageResult:
+        stage = STAGE_OF[self._kind]
+        if self.history.rows:
+            files = files | {HISTORY_FILE: self.history.encode()}
+        figures = figures | {"peak_memory_bytes": peak_memory(self._site.device)}
+        records = self._storage.write_files(object_folder(self._site.built_by, stage, self._key), files)
+        result = StageResult(
+            key=self._key,
+            stage=stage,
+            built_by=self._site.built_by,
+            created_at=now(),
+            files=records,
+            figures=figures,
+            seconds=round(self.seconds(), 3),
+            environment=self.environment,
+        )
+        return self._storage.commit(result)
+
+
+def read_result_file(storage: Storage, result: StageResult, name: str) -> bytes:
+    """A file of a result by its name, verified."""
+    return storage.read_file(next(file for file in result.files if file.name == name))
+
+
+def read_synthetic(storage: Storage, result: StageResult) -> SyntheticSet:
+    """The set that a distillation made."""
+    return from_state(safetensors.torch.load(read_result_file(storage, result, IMAGES_FILE)))
+
+
+def read_pool(
+    storage: Storage, teachers: Sequence[StageResult], *, model: ModelSpec, dataset: Dataset, device: torch.device
+) -> TeacherPool:
+    """The pool of stored teachers."""
+    weights = [safetensors.torch.load(read_result_file(storage, teacher, WEIGHTS_FILE)) for teacher in teachers]
+    return TeacherPool(model, dataset, weights, device)

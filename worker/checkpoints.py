@@ -1,0 +1,137 @@
+"""Checkpoints of a running stage: one safetensors file, then its record as the commit.
+
+The file carries the state, the history and the pictures so far, so that a resumed stage ends with the very result of one
+that was never disturbed. A checkpoint belongs to the attempt that wrote it; later attempts only read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import safetensors.torch
+import torch
+from pydantic import JsonValue
+
+from ncfm_core.errors import CheckpointError, StorageError
+from ncfm_core.spec import CheckpointSpec
+from worker.history import History, Picture, read_history
+from worker.records import CheckpointRecord, FileRecord, checkpoint_folder
+from worker.storage import Storage
+
+KEPT = 2
+_STATE, _PICTURE = "state.", "picture."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint, read and verified."""
+
+    step: int
+    state: dict[str, torch.Tensor]
+    history: History
+    pictures: tuple[Picture, ...]
+    environment: dict[str, JsonValue]
+
+
+class Checkpoints:
+    """The checkpoints of one result in one attempt."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        job_id: str,
+        attempt: int,
+        key: str,
+        every: CheckpointSpec,
+        environment: dict[str, JsonValue],
+    ) -> None:
+        self.environment = environment
+        self._storage = storage
+        self._key = key
+        self._every = every
+        self._all = checkpoint_folder(job_id, key)
+        self._own = checkpoint_folder(job_id, key, attempt)
+        self._step = 0
+        self._saved_at = time.monotonic()
+
+    @property
+    def next_step(self) -> int:
+        """Where the next one is due at the latest: a multiple, so that reports fall on the same steps in every run."""
+        return (self._step // self._every.every_steps + 1) * self._every.every_steps
+
+    def due(self, step: int) -> bool:
+        """Whether the stage should save itself at this step."""
+        return step > self._step and (
+            step >= self.next_step or time.monotonic() - self._saved_at >= self._every.every_seconds
+        )
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint of any attempt that is whole; a damaged one is passed over for the one before it."""
+        records = [path for path in self._storage.list(self._all) if path.endswith(".json")]
+        for path in sorted(records, key=lambda each: int(PurePosixPath(each).stem), reverse=True):
+            try:
+                record = self._storage.get_record(path, CheckpointRecord)
+                if record is None or record.key != self._key:
+                    continue
+                saved = _decode(record, self._storage.read_file(record.file))
+            except (StorageError, CheckpointError):
+                continue
+            self._step, self._saved_at = saved.step, time.monotonic()
+            return saved
+        return None
+
+    def save(
+        self, step: int, state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...] = ()
+    ) -> None:
+        """Write and commit a checkpoint, then drop all but the newest two of this attempt."""
+        data = _encode(state, history, pictures)
+        path = f"{self._own}/{step:010d}.safetensors"
+        self._storage.put(path, data)
+        file = FileRecord(
+            name=PurePosixPath(path).name, path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()
+        )
+        record = CheckpointRecord(key=self._key, step=step, file=file, environment=self.environment)
+        self._storage.put_record(f"{self._own}/{step:010d}.json", record)
+        self._step, self._saved_at = step, time.monotonic()
+        self._drop(KEPT)
+
+    def clear(self) -> None:
+        """Drop those of this attempt, once its result is committed."""
+        self._drop(0)
+
+    def _drop(self, kept: int) -> None:
+        steps = sorted({PurePosixPath(path).stem for path in self._storage.list(self._own)})
+        for step in steps[: len(steps) - kept]:
+            # The record first: a checkpoint without one does not exist for a reader.
+            self._storage.delete([f"{self._own}/{step}.json", f"{self._own}/{step}.safetensors"])
+
+
+def _encode(state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...]) -> bytes:
+    tensors = {_STATE + name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    for picture in pictures:
+        tensors[f"{_PICTURE}{picture.step}"] = torch.frombuffer(bytearray(picture.png), dtype=torch.uint8)
+    return safetensors.torch.save(tensors, metadata={"history": history.encode().decode()})
+
+
+def _decode(record: CheckpointRecord, data: bytes) -> Saved:
+    tensors = safetensors.torch.load(data)
+    pictures = sorted(int(name.removeprefix(_PICTURE)) for name in tensors if name.startswith(_PICTURE))
+    return Saved(
+        step=record.step,
+        state={name.removeprefix(_STATE): each for name, each in tensors.items() if name.startswith(_STATE)},
+        history=read_history(read_metadata(data).get("history", "").encode()),
+        pictures=tuple(Picture(step, tensors[f"{_PICTURE}{step}"].numpy().tobytes()) for step in pictures),
+        environment=record.environment,
+    )
+
+
+def read_metadata(data: bytes) -> dict[str, str]:
+    """The text entries in the header of a safetensors file, which its own loader drops for bytes in memory."""
+    length = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return metadata

@@ -1,0 +1,87 @@
+"""From a plan to orders: which results each one needs and the arguments of its stage. Pure and light."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ncfm_core.spec import JobSpec
+from worker.evidence import Evidence
+from worker.plan import Build, Plan, held_out
+from worker.pool import Order, Results
+
+
+def teacher_orders(plan: Plan, spec: JobSpec) -> list[Order]:
+    """All teachers: of the search, then of the distillation."""
+    return [_teacher(build, spec) for build in (*plan.search_teachers, *plan.teachers)]
+
+
+def distill_orders(plan: Plan, spec: JobSpec) -> list[Order]:
+    """Everything else of a plan without a search, most wanted first: what the set waits for goes before the baselines."""
+    teachers = _keys(plan.teachers)
+    distill = Order(build=plan.distill, needs=teachers, arguments=_distill_arguments(spec, teachers))
+    parts = (plan.distill, *plan.evaluations, *plan.random_real, plan.full_data)
+    return [
+        distill,
+        *(_evaluation(build, spec, distill.key) for build in plan.evaluations),
+        *(_random_real(build, spec) for build in plan.random_real),
+        Order(build=plan.full_data, arguments=lambda _: _full_data_arguments(spec)),
+        Order(
+            build=plan.publish,
+            needs=_keys(parts),
+            arguments=lambda results: {"evidence": evidence(plan, results), "spec": spec},
+        ),
+    ]
+
+
+def evidence(plan: Plan, results: Results) -> Evidence:
+    """The results that the figures are read from."""
+    return Evidence(
+        distilled=results[str(plan.distill.key)],
+        evaluations=[results[str(build.key)] for build in plan.evaluations],
+        random_real=[results[str(build.key)] for build in plan.random_real],
+        full_data=results[str(plan.full_data.key)],
+    )
+
+
+def _keys(builds: tuple[Build, ...]) -> tuple[str, ...]:
+    return tuple(str(build.key) for build in builds)
+
+
+def _teacher(build: Build, spec: JobSpec) -> Order:
+    arguments = {
+        "model": spec.model,
+        "training": spec.teachers.training,
+        "seed": spec.teachers.seed,
+        "index": build.index,
+        "held_out": held_out(spec) if build.held_out else None,
+    }
+    return Order(build=build, arguments=lambda _: arguments)
+
+
+def _distill_arguments(spec: JobSpec, teachers: tuple[str, ...]) -> Callable[[Results], dict[str, Any]]:
+    return lambda results: {
+        "teachers": [results[key] for key in teachers],
+        "model": spec.model,
+        "method": spec.method,
+        "ipc": spec.ipc,
+        "seed": spec.seed,
+    }
+
+
+def _evaluation(build: Build, spec: JobSpec, distill: str) -> Order:
+    entry = spec.evaluate[build.index]
+    return Order(
+        build=build,
+        needs=(distill,),
+        arguments=lambda results: {"distilled": results[distill], "entry": entry, "seed": spec.seed},
+    )
+
+
+def _random_real(build: Build, spec: JobSpec) -> Order:
+    entry = spec.evaluate[build.index]
+    return Order(build=build, arguments=lambda _: {"ipc": spec.ipc, "entry": entry, "seed": spec.seed})
+
+
+def _full_data_arguments(spec: JobSpec) -> dict[str, Any]:
+    return {"model": spec.evaluate[0].model, "recipe": spec.full_data, "seed": spec.teachers.seed}

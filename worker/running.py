@@ -1,0 +1,130 @@
+"""From a command line to an attempt: asks whether everything answers, then drives."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+from ulid import ULID
+
+from ncfm_core.errors import NcfmError
+from ncfm_core.spec import JobSpec
+from worker.attempt import Assignment
+from worker.board import Board
+from worker.driver import drive, refuse
+from worker.environment import code_version
+from worker.live import Run, RunIdentity, Tracker
+from worker.probe import probe_mlflow, probe_ray
+from worker.records import Accuracy, AttemptResult, set_folder
+from worker.settings import Surroundings, prepare_tracking, ray_address
+from worker.storage import Storage
+from worker.tasks import connected
+
+log = logging.getLogger(__name__)
+
+STAGE_SECONDS = ("teachers", "distill", "evaluate")
+KILLED_WAIT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the command line asks for."""
+
+    spec: JobSpec
+    job_id: str | None
+    """Given by a controller, which then waits for a result document whatever happens; None for a person's run."""
+    attempt: int
+
+
+def run(
+    asked: Request, surroundings: Surroundings, *, on_connected: Callable[[], object]
+) -> tuple[AttemptResult, dict[str, JsonValue]]:
+    """One attempt, to its result and the figures to show.
+
+    Args:
+        asked: by the command line.
+        surroundings: storage root, MLflow, data folder.
+        on_connected: called once Ray is connected, which sets signal handlers of its own.
+
+    Raises:
+        NcfmError: it could not begin, and nothing was written but, for a controller, the result that says so.
+    """
+    storage = Storage(surroundings.storage_url)
+    assignment = Assignment(spec=asked.spec, job_id=asked.job_id or str(ULID()), attempt=asked.attempt)
+    address = ray_address()
+    try:
+        if address is not None:
+            probe_ray(address)
+        if surroundings.mlflow_url and asked.job_id is None:
+            probe_mlflow(surroundings.mlflow_url)
+        with connected(address):
+            on_connected()
+            result = _track_and_drive(assignment, surroundings, storage)
+    except NcfmError as error:
+        if asked.job_id is not None:
+            refuse(assignment, storage, error)
+        raise
+    return result, headline(assignment, result, storage)
+
+
+def _track_and_drive(assignment: Assignment, surroundings: Surroundings, storage: Storage) -> AttemptResult:
+    log.info("job %s, attempt %d, results in %s", assignment.job_id, assignment.attempt, storage.url)
+    board = Board(assignment.job_id, assignment.attempt)
+    tracker = _tracker(assignment, surroundings, board) if surroundings.mlflow_url else None
+    try:
+        return drive(assignment, surroundings, storage, tracker, board)
+    except BaseException:
+        # Ended from outside, with three seconds left: say so in MLflow if that is quickly done.
+        if tracker is not None:
+            tracker.close("KILLED", wait_s=KILLED_WAIT_S)
+        raise
+
+
+def _tracker(assignment: Assignment, surroundings: Surroundings, board: Board) -> Tracker:
+    prepare_tracking()
+    spec, url = assignment.spec, surroundings.mlflow_url
+    tags = {
+        "ncfm.spec_digest": spec.digest(),
+        "ncfm.code_version": code_version(),
+        "ncfm.attempt": str(assignment.attempt),
+    }
+
+    def connect() -> Run:
+        from worker.tracking import MlflowRun, flatten  # on the tracker's thread: MLflow takes three seconds to import
+
+        identity = RunIdentity(
+            job_id=assignment.job_id,
+            experiment=spec.experiment,
+            name=f"{spec.dataset.name}-ipc{spec.ipc}-{assignment.job_id[-6:].lower()}",
+            params=flatten(spec.document()),
+            tags=tags,
+        )
+        return MlflowRun(url, surroundings.mlflow_public_url or url, identity)
+
+    return Tracker(connect, on_open=board.tracked)
+
+
+def headline(assignment: Assignment, result: AttemptResult, storage: Storage) -> dict[str, JsonValue]:
+    """The figures of an attempt as one flat document; empty for one that failed."""
+    if result.figures is None:
+        return {}
+    folder = f"{storage.url.rstrip('/')}/{set_folder(assignment.job_id)}"
+    return {
+        "job_id": assignment.job_id,
+        "dataset": assignment.spec.dataset.name,
+        "ipc": assignment.spec.ipc,
+        "distilled": _short(result.figures.distilled),
+        "random_real": _short(result.figures.random_real),
+        "full": _short(result.figures.full),
+        "seconds": {**dict.fromkeys(STAGE_SECONDS, 0.0), **result.seconds},
+        "mlflow_run_id": result.mlflow_run_id,
+        "mlflow_url": result.mlflow_url,
+        "preview": f"{folder}/preview.png",
+        "set_path": folder,
+    }
+
+
+def _short(accuracy: Accuracy) -> dict[str, JsonValue]:
+    return {"mean": round(accuracy.mean, 4), "std": round(accuracy.std, 4), "n": accuracy.n}

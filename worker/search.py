@@ -1,0 +1,221 @@
+"""The search: Ray Tune over fields of the method, judged on training data that was held out; the test set is never looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import ray
+import yaml
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from ncfm_core.progress import Progress
+from ncfm_core.spec import JobSpec, LogUniform, RandInt, SearchSpec, Uniform
+from worker.environment import code_version
+from worker.history import HISTORY_FILE, History
+from worker.plan import held_out
+from worker.records import StageResult, now, object_folder
+from worker.site import Site
+from worker.storage import Storage
+from worker.tasks import Demand
+from worker.trials import BEST_FILE, TRIALS_FILE, Trial, best_of, best_spec, with_params, write_trial
+
+REDUCTION_FACTOR = 2
+"""ASHA keeps the better half at each rung."""
+
+
+def search(
+    site: Site,
+    storage: Storage,
+    dataset: Any,
+    *,
+    key: str,
+    spec: JobSpec,
+    teachers: Sequence[StageResult],
+    demand: Demand,
+    report: Callable[[Progress], None],
+) -> StageResult:
+    """Run the trials from this process and commit what they found: `best.yaml`, `trials.jsonl`.
+
+    Args:
+        site: for whom.
+        storage: where results are.
+        dataset: reference to the data in the object store.
+        key: of the result.
+        spec: with a search.
+        teachers: trained on what is left of the training data.
+        demand: of each trial.
+        report: told of every rung.
+    """
+    assert spec.search is not None
+    started = time.monotonic()
+    history = History()
+
+    def keep(progress: Progress) -> None:
+        history.add(progress)
+        report(progress)
+
+    trials = _tune(site, dataset, spec=spec, teachers=teachers, demand=demand, report=keep)
+    best = best_of(trials)
+    document = best_spec(spec, best.params).document()
+    files = {
+        BEST_FILE: yaml.safe_dump(document, sort_keys=False).encode(),
+        TRIALS_FILE: b"".join(write_trial(trial) for trial in trials),
+        HISTORY_FILE: history.encode(),
+    }
+    result = StageResult(
+        key=key,
+        stage="search",
+        built_by=site.built_by,
+        created_at=now(),
+        files=storage.write_files(object_folder(site.built_by, "search", key), files),
+        figures={
+            "best": best.params,
+            "trial": best.index,
+            "validation_accuracy": best.accuracy(),
+            "trials": len(trials),
+        },
+        seconds=round(time.monotonic() - started, 3),
+        environment={"device": site.device, "threads": site.threads, "code_version": code_version()},
+    )
+    return storage.commit(result)
+
+
+def ignore(progress: Progress) -> None:
+    """Where reports go when nobody listens."""
+
+
+class _Collector(tune.Callback):
+    """Takes what the trials report, in the driver's process."""
+
+    def __init__(self, total: int, rungs: int, report: Callable[[Progress], None]) -> None:
+        self.trials: dict[str, Trial] = {}
+        self._total, self._rungs, self._report = total, rungs, report
+        self._stopped: set[str] = set()
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, Callable[[Progress], None]]]:
+        """Tune saves its callbacks for a restore, which is not used here: whom to tell stays behind."""
+        return type(self), (self._total, self._rungs, ignore)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._trial(trial)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        row = {"step": float(result["step"]), "time": round(time.time() * 1000), "accuracy": float(result["accuracy"])}
+        self._trial(trial).rows.append(row)
+        self._tell(self._trial(trial))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._stopped.add(trial.trial_id)
+        self._tell(self._trial(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._trial(trial).error = str(trial.get_error() or "lost")[:400]
+        self._stopped.add(trial.trial_id)
+
+    def _trial(self, trial: Any) -> Trial:
+        params = dict(trial.config)
+        return self.trials.setdefault(trial.trial_id, Trial(index=len(self.trials), params=params))
+
+    def _tell(self, trial: Trial) -> None:
+        """A trial that was stopped early counts as if it had run to its end."""
+        done = sum(self._rungs if name in self._stopped else each.rungs() for name, each in self.trials.items())
+        best = max(each.accuracy() for each in self.trials.values())
+        metrics = {"accuracy": trial.accuracy(), "best_accuracy": best}
+        self._report(Progress(done, self._total * self._rungs, "rung", metrics))
+
+
+def _tune(
+    site: Site,
+    dataset: Any,
+    *,
+    spec: JobSpec,
+    teachers: Sequence[StageResult],
+    demand: Demand,
+    report: Callable[[Progress], None],
+) -> list[Trial]:
+    search = spec.search
+    assert search is not None
+    collector = _Collector(search.trials, search.rungs, report)
+    # The reference goes inside a list: given bare, every trial would get the data copied into its arguments.
+    trainable = tune.with_parameters(_run_trial, site=site, dataset=[dataset], spec=spec, teachers=list(teachers))
+    with tempfile.TemporaryDirectory(prefix="ncfm-search-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": demand.cpus, "gpu": demand.gpus}),
+            param_space={name: _domain(entry) for name, entry in search.space.items()},
+            tune_config=tune.TuneConfig(
+                metric="accuracy",
+                mode="max",
+                num_samples=search.trials,
+                scheduler=_scheduler(search),
+                search_alg=BasicVariantGenerator(random_state=spec.seed),
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(storage_path=folder, name="search", callbacks=[collector], verbose=0),
+        )
+        # Tune prints tables to the output of the process, which belongs to the caller.
+        with contextlib.redirect_stdout(io.StringIO()):
+            tuner.fit()
+    return sorted(collector.trials.values(), key=lambda trial: trial.index)
+
+
+def _domain(entry: Uniform | LogUniform | RandInt | tuple[Any, ...]) -> Any:
+    if isinstance(entry, Uniform):
+        return tune.uniform(*entry.uniform)
+    if isinstance(entry, LogUniform):
+        return tune.loguniform(*entry.loguniform)
+    if isinstance(entry, RandInt):
+        return tune.randint(*entry.randint)
+    return tune.choice(list(entry))
+
+
+def _scheduler(search: SearchSpec) -> Any:
+    if search.scheduler == "random":
+        return cast(Any, FIFOScheduler)()
+    return ASHAScheduler(
+        time_attr="training_iteration", grace_period=1, max_t=search.rungs, reduction_factor=REDUCTION_FACTOR
+    )
+
+
+def _run_trial(
+    params: dict[str, Any], *, site: Site, dataset: list[Any], spec: JobSpec, teachers: list[StageResult]
+) -> None:
+    """One trial, in a process of the cluster: distil a part of the way, judge, report, go on."""
+    import torch
+
+    from ncfm_core.distill import Distillation
+    from ncfm_core.evaluate import evaluate
+    from worker.building import read_pool
+    from worker.stages import finish
+
+    search, split = spec.search, held_out(spec)
+    assert search is not None and split is not None
+    torch.set_num_threads(site.threads)
+    device, entry = torch.device(site.device), spec.evaluate[0]
+    data = ray.get(dataset[0]).hold_out(split[0], seed=split[1])
+    pool = read_pool(Storage(site.storage_url), teachers, model=spec.model, dataset=data, device=device)
+    method = with_params(spec.method, params | {"steps": search.steps})
+    task = Distillation(data, pool, method, ipc=spec.ipc, seed=spec.seed, device=device)
+    for rung in range(1, search.rungs + 1):
+        for _ in task.run(until=round(task.total * rung / search.rungs)):
+            pass
+        images, labels = task.synthetic.decode()
+        students = evaluate(
+            images.detach().clamp(0, 1),
+            labels,
+            data,
+            model=entry.model,
+            training=entry.training.model_copy(update={"epochs": search.epochs}),
+            students=search.students,
+            tests=1,
+            seed=spec.seed,
+            device=device,
+        )
+        tune.report({"accuracy": statistics.fmean(finish(students).last), "step": task.step})

@@ -1,0 +1,36 @@
+"""What stages are told of their surroundings: where and for whom a result is computed, and on what data. Light."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ncfm_core.spec import CheckpointSpec
+from worker.records import Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a result is computed and for whom: recorded with it, never part of its key."""
+
+    job_id: str
+    attempt: int
+    storage_url: str
+    device: str
+    threads: int
+    checkpoint: CheckpointSpec
+    code_version: str
+
+    @property
+    def built_by(self) -> str:
+        return f"{self.job_id}-{self.attempt}"
+
+
+class DataFacts(Record):
+    """What the inspection found."""
+
+    digest: str
+    held_out_digest: str | None
+    class_counts: tuple[int, ...]
+    num_train: int
+    num_test: int
+    image_shape: tuple[int, int, int]

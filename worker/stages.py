@@ -1,0 +1,288 @@
+"""What each stage computes: plain generators of events that return the committed result. No Ray in here.
+
+All take the site (where and for whom), the storage and the data; what changes the numbers is in the other arguments.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+import zipfile
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors.torch
+import torch
+from PIL import Image
+from pydantic import JsonValue
+
+from ncfm_core.catalog import dataset_facts
+from ncfm_core.datasets import Dataset, load_dataset
+from ncfm_core.distill import Distillation
+from ncfm_core.evaluate import Evaluation, evaluate
+from ncfm_core.evaluate import random_real as draw_random_real
+from ncfm_core.pools import TeacherTraining
+from ncfm_core.progress import Progress
+from ncfm_core.spec import EvaluationSpec, FullDataSpec, JobSpec, ModelSpec, NcfmSpec, TrainingSpec
+from ncfm_core.synthetic import SyntheticSet, to_state
+from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool, read_synthetic
+from worker.evidence import Evidence
+from worker.export import ZIP_DATE, data_card, export_files
+from worker.history import Event, History, Notice, Picture, Stage
+from worker.recipe import training_script
+from worker.records import Accuracy, StageResult
+from worker.site import DataFacts, Site
+from worker.storage import Storage
+
+T = TypeVar("T")
+
+EVALUATION_FILE = "evaluation.json"
+PICTURED = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the steps at which a grid is kept."""
+FULL_DATA_TESTS = 5
+"""Looks at the test set along a full-data training."""
+
+
+def inspect(
+    name: str, *, data_dir: Path, allow_download: bool, held_out: tuple[float, int] | None
+) -> tuple[DataFacts, Dataset]:
+    """Load the data and say what it is.
+
+    Args:
+        name: in the catalog.
+        data_dir: folder of data sets.
+        allow_download: whether what is missing may be fetched.
+        held_out: fraction and seed of the search's split.
+    """
+    dataset = load_dataset(name, data_dir=data_dir, allow_download=allow_download)
+    facts = DataFacts(
+        digest=dataset.digest,
+        held_out_digest=dataset.hold_out(held_out[0], seed=held_out[1]).digest if held_out else None,
+        class_counts=dataset.class_counts,
+        num_train=len(dataset.train_labels),
+        num_test=len(dataset.test_labels),
+        image_shape=dataset.image_shape,
+    )
+    return facts, dataset
+
+
+def teacher(
+    site: Site,
+    storage: Storage,
+    dataset: Dataset,
+    *,
+    key: str,
+    model: ModelSpec,
+    training: TrainingSpec,
+    seed: int,
+    index: int,
+    held_out: tuple[float, int] | None,
+) -> Stage:
+    """One teacher: `weights.safetensors` with its initial and its trained end."""
+    building = Building(site, storage, "teacher", key)
+    if held_out is not None:
+        dataset = dataset.hold_out(held_out[0], seed=held_out[1])
+    task = TeacherTraining(dataset, model, training, seed=seed, index=index, device=torch.device(site.device))
+    checkpoints = building.checkpoints()
+    if saved := checkpoints.newest():
+        building.keep_threads(saved.environment)
+        building.history = saved.history
+        task.load_state(saved.state)
+        yield Notice(f"teacher {index} goes on from step {saved.step}")
+    for progress in task.run():
+        building.history.add(progress)
+        if task.step < task.total and checkpoints.due(task.step):
+            checkpoints.save(task.step, task.state(), building.history)
+        yield progress
+    figures: dict[str, JsonValue] = {"accuracy": task.accuracy(), "steps": task.total}
+    result = building.commit({WEIGHTS_FILE: safetensors.torch.save(task.result())}, figures)
+    checkpoints.clear()
+    return result
+
+
+def distill(
+    site: Site,
+    storage: Storage,
+    dataset: Dataset,
+    *,
+    key: str,
+    teachers: Sequence[StageResult],
+    model: ModelSpec,
+    method: NcfmSpec,
+    ipc: int,
+    seed: int,
+) -> Stage:
+    """The synthetic set: `images.safetensors`, with grids along the way."""
+    building, device = Building(site, storage, "distill", key), torch.device(site.device)
+    pool = read_pool(storage, teachers, model=model, dataset=dataset, device=device)
+    task = Distillation(dataset, pool, method, ipc=ipc, seed=seed, device=device)
+    checkpoints = building.checkpoints()
+    pictures: tuple[Picture, ...] = ()
+    if saved := checkpoints.newest():
+        building.keep_threads(saved.environment)
+        building.history, pictures = saved.history, saved.pictures
+        task.load_state(saved.state)
+        yield Notice(f"the distillation goes on from step {saved.step}")
+    first_step, started = task.step, time.monotonic()
+    pictured = sorted({round(share * task.total) for share in PICTURED})
+    while True:
+        if task.step in pictured and all(picture.step != task.step for picture in pictures):
+            pictures += (Picture(task.step, _png(task.synthetic)),)
+            yield pictures[-1]
+        if task.step == task.total:
+            break
+        until = min([step for step in pictured if step > task.step] + [checkpoints.next_step])
+        for progress in task.run(until=until):
+            building.history.add(progress)
+            if task.step < task.total and checkpoints.due(task.step):
+                checkpoints.save(task.step, task.state(), building.history, pictures)
+            yield progress
+    seconds = max(time.monotonic() - started, 1e-9)
+    rates: dict[str, JsonValue] = {
+        "steps_per_second": (task.total - first_step) / seconds,
+        "images_per_second": (task.total - first_step) * len(task.synthetic.labels) / seconds,
+    }
+    files = {picture.name: picture.png for picture in pictures}
+    files[IMAGES_FILE] = safetensors.torch.save(to_state(task.synthetic))
+    result = building.commit(files, {"steps": task.total, **_last(building.history), **rates})
+    checkpoints.clear()
+    return result
+
+
+def evaluation(
+    site: Site,
+    storage: Storage,
+    dataset: Dataset,
+    *,
+    key: str,
+    distilled: StageResult,
+    entry: EvaluationSpec,
+    seed: int,
+) -> Stage:
+    """Fresh students on the synthetic set."""
+    building = Building(site, storage, "evaluation", key)
+    images, labels = read_synthetic(storage, distilled).decode()
+    return (yield from _judge(building, _students(images, labels, dataset, entry, seed, site.device)))
+
+
+def random_real(
+    site: Site, storage: Storage, dataset: Dataset, *, key: str, ipc: int, entry: EvaluationSpec, seed: int
+) -> Stage:
+    """The same students on random real images."""
+    building = Building(site, storage, "random_real", key)
+    images, labels = draw_random_real(dataset, ipc=ipc, seed=seed)
+    return (yield from _judge(building, _students(images, labels, dataset, entry, seed, site.device)))
+
+
+def full_data(
+    site: Site, storage: Storage, dataset: Dataset, *, key: str, model: ModelSpec, recipe: FullDataSpec, seed: int
+) -> Stage:
+    """The ceiling: fresh networks on the whole training set."""
+    building = Building(site, storage, "full_data", key)
+    students = evaluate(
+        dataset.train_images,
+        dataset.train_labels,
+        dataset,
+        model=model,
+        training=recipe.training,
+        students=recipe.students,
+        tests=min(FULL_DATA_TESTS, recipe.training.epochs),
+        seed=seed,
+        device=torch.device(site.device),
+    )
+    return (yield from _judge(building, students))
+
+
+def publish(site: Site, storage: Storage, _dataset: Dataset, *, key: str, evidence: Evidence, spec: JobSpec) -> Stage:
+    """The files of the published set below `distilled/`, `evaluation.json`, and all of it in one zip."""
+    building = Building(site, storage, "publish", key)
+    yield Progress(0, 1, "set")
+    synthetic, facts = read_synthetic(storage, evidence.distilled), dataset_facts(spec.dataset.name)
+    card = data_card(
+        synthetic, facts, seed=spec.seed, rows=evidence.card_rows(spec), recipe=training_script(facts, spec.evaluate[0])
+    )
+    exported = export_files(synthetic, facts, evidence.provenance(spec), card)
+    files = {f"distilled/{name}": data for name, data in exported.items()}
+    files[EVALUATION_FILE] = evidence.document(spec)
+    files[f"distilled-{spec.dataset.name}-ipc{spec.ipc}.zip"] = _zip(files)
+    result = building.commit(files, {})
+    yield Progress(1, 1, "set")
+    return result
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    """One archive, the same bytes for the same files; what is large in it is compressed already."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, data in sorted(files.items()):
+            archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), data)
+    return out.getvalue()
+
+
+def accuracy_of(evaluation: Evaluation) -> Accuracy:
+    """The published figures of an evaluation."""
+    last, best = evaluation.last, evaluation.best
+    return Accuracy(
+        mean=statistics.fmean(last),
+        std=statistics.stdev(last) if len(last) > 1 else 0.0,
+        n=len(last),
+        best_mean=statistics.fmean(best),
+        values=last,
+    )
+
+
+def follow(steps: Generator[Progress, None, T], history: History) -> Generator[Event, None, T]:
+    """Pass progress on, keeping it in the history; the value is that of the steps."""
+    while True:
+        try:
+            progress = next(steps)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+        history.add(progress)
+        yield progress
+
+
+def finish(steps: Generator[Progress, None, T]) -> T:
+    """Run to the end without a word."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
+
+
+def _students(
+    images: torch.Tensor, labels: torch.Tensor, dataset: Dataset, entry: EvaluationSpec, seed: int, device: str
+) -> Generator[Progress, None, Evaluation]:
+    return evaluate(
+        images,
+        labels,
+        dataset,
+        model=entry.model,
+        training=entry.training,
+        students=entry.students,
+        tests=entry.tests,
+        seed=seed,
+        device=torch.device(device),
+    )
+
+
+def _judge(building: Building, students: Generator[Progress, None, Evaluation]) -> Stage:
+    found = yield from follow(students, building.history)
+    return building.commit({}, {"accuracy": accuracy_of(found).model_dump(mode="json")})
+
+
+def _last(history: History) -> dict[str, JsonValue]:
+    """The metrics of the last row."""
+    return {name: value for name, value in history.rows[-1].items() if name != "time"} if history.rows else {}
+
+
+def _png(synthetic: SyntheticSet) -> bytes:
+    grid = synthetic.grid().permute(1, 2, 0).numpy()
+    out = io.BytesIO()
+    Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid).save(out, "PNG")
+    return out.getvalue()

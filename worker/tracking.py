@@ -1,0 +1,268 @@
+"""The MLflow run of a job. The only file that imports mlflow; only the driver's tracker calls it.
+
+A run is found again by its job id, and what it has is read back before anything is added, so that an attempt, or a retry after a
+call whose answer was lost, completes the run without writing a row twice.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tempfile
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import requests
+from mlflow.data.dataset import Dataset as MlflowDataset
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from PIL import Image
+from pydantic import JsonValue
+
+from ncfm_core.errors import TrackingError
+from worker.history import Picture, Row
+from worker.live import RunIdentity, TrialRecord
+
+PICTURE_KEY = "synthetic"
+MAX_VALUE_CHARS = 6000
+MAX_METRICS = 1000
+MAX_PARAMS = 100
+DIGEST_CHARS = 32
+"""MLflow keeps at most 36 characters of a data set's digest; the whole of it stands in the tag `ncfm.data_digest`."""
+
+
+class _Source(DatasetSource):
+    """Where a data set of the catalog comes from."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @staticmethod
+    def _get_source_type() -> str:
+        return "ncfm"
+
+    def load(self, **_: Any) -> Any:
+        raise NotImplementedError("use ncfm_core.datasets.load_dataset")
+
+    @staticmethod
+    def _can_resolve(raw_source: Any) -> bool:
+        return False
+
+    @classmethod
+    def _resolve(cls, raw_source: Any) -> _Source:
+        return cls(str(raw_source))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self._name}
+
+    @classmethod
+    def from_dict(cls, source_dict: dict[str, Any]) -> _Source:
+        return cls(source_dict["name"])
+
+
+class _Data(MlflowDataset):
+    """The inspected data set, as MLflow keeps it beside the run."""
+
+    def __init__(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None:
+        self._facts = facts
+        super().__init__(_Source(name), name=name, digest=digest.removeprefix("sha256:")[:DIGEST_CHARS])
+
+    def _compute_digest(self) -> str:
+        raise NotImplementedError("the digest is always given")
+
+    def to_dict(self) -> dict[str, str]:
+        return super().to_dict() | {"profile": json.dumps(self._facts)}
+
+    @property
+    def profile(self) -> Any:
+        return self._facts
+
+    @property
+    def schema(self) -> None:
+        return None
+
+
+@contextmanager
+def _told(url: str) -> Generator[None, None, None]:
+    """Turn whatever the client raises into one error."""
+    try:
+        yield
+    except (MlflowException, requests.RequestException, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise TrackingError.of("mlflow_url", url, f"MLflow did not take it: {reason}", "Is the server up?") from error
+
+
+class MlflowRun:
+    """The run of one job."""
+
+    def __init__(self, url: str, public_url: str, identity: RunIdentity) -> None:
+        """Find the run of the job, or make it.
+
+        Raises:
+            TrackingError: the server cannot be used.
+        """
+        self._server, self._client = url, mlflow.MlflowClient(tracking_uri=url)
+        self._identity = identity
+        self._logged: dict[str, set[int]] | None = None
+        """Steps that the server has, by metric; None where it has to be asked."""
+        self._pictured: set[int] | None = None
+        with _told(url):
+            experiment_id = self._experiment(identity.experiment)
+            run = self._find(experiment_id, {"ncfm.job_id": identity.job_id})
+            if run is None:
+                run = self._client.create_run(
+                    experiment_id, run_name=identity.name, tags={"ncfm.job_id": identity.job_id, **identity.tags}
+                )
+            else:
+                self._client.update_run(run.info.run_id, status="RUNNING")
+            self.run_id = str(run.info.run_id)
+            self._experiment_id = experiment_id
+            self._describe(self.run_id, identity.params, identity.tags)
+        self.url = f"{public_url.rstrip('/')}/#/experiments/{experiment_id}/runs/{self.run_id}"
+
+    def _experiment(self, name: str) -> str:
+        for _ in range(2):
+            if found := self._client.get_experiment_by_name(name):
+                if found.lifecycle_stage != "active":
+                    raise TrackingError.of(
+                        "experiment", name, "the experiment was deleted in MLflow", "Restore it there."
+                    )
+                return str(found.experiment_id)
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException as error:
+                # Another driver was first between the two calls.
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+        raise TrackingError.of("experiment", name, "can be neither found nor made", "Look at the MLflow server's log.")
+
+    def _find(self, experiment_id: str, tags: Mapping[str, str]) -> Any:
+        query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        runs = self._client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time ASC"])
+        return runs[0] if runs else None
+
+    def _describe(self, run_id: str, params: Mapping[str, JsonValue], tags: Mapping[str, str]) -> None:
+        known = self._client.get_run(run_id).data.params
+        new = [Param(name, text) for name, value in params.items() if name not in known and (text := as_text(value))]
+        for start in range(0, len(new), MAX_PARAMS):
+            self._client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
+        self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_data(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None:
+        """Say which data it was; once more changes nothing."""
+        with _told(self._server):
+            inputs = self._client.get_run(self.run_id).inputs
+            if inputs is not None and inputs.dataset_inputs:
+                return
+            entity = _Data(name, digest, facts)._to_mlflow_entity()
+            context = [InputTag("mlflow.data.context", "distillation")]
+            self._client.log_inputs(self.run_id, datasets=[DatasetInput(entity, context)])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        with _told(self._server):
+            self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_rows(self, rows: Iterable[tuple[str, Row]]) -> None:
+        """Add rows of metrics, each with the prefix of its names, leaving out what the server has."""
+        with _told(self._server):
+            if self._logged is None:
+                self._logged = self._read_back(self.run_id)
+            metrics = _metrics(rows, self._logged)
+            # Until every batch is acknowledged nobody knows what arrived.
+            logged, self._logged = self._logged, None
+            self._send(self.run_id, metrics)
+        for metric in metrics:
+            logged.setdefault(metric.key, set()).add(metric.step)
+        self._logged = logged
+
+    def _send(self, run_id: str, metrics: Sequence[Metric]) -> None:
+        for start in range(0, len(metrics), MAX_METRICS):
+            self._client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+
+    def _read_back(self, run_id: str) -> dict[str, set[int]]:
+        names = self._client.get_run(run_id).data.metrics
+        return {name: {each.step for each in self._client.get_metric_history(run_id, name)} for name in names}
+
+    def log_pictures(self, pictures: Iterable[Picture]) -> None:
+        """Add grids to the image slider, leaving out those of steps that are there."""
+        with _told(self._server):
+            if self._pictured is None:
+                paths = [each.path for each in self._client.list_artifacts(self.run_id, "images")]
+                self._pictured = {step for path in paths if (step := _pictured_step(path)) is not None}
+            for picture in pictures:
+                if picture.step not in self._pictured:
+                    image = Image.open(io.BytesIO(picture.png))
+                    self._client.log_image(self.run_id, image, key=PICTURE_KEY, step=picture.step, synchronous=True)
+                    self._pictured.add(picture.step)
+
+    def log_files(self, files: Mapping[str, bytes]) -> None:
+        """Upload artifacts by path, replacing what is there."""
+        with _told(self._server), tempfile.TemporaryDirectory(prefix="ncfm-artifacts-") as folder:
+            for name, data in files.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            self._client.log_artifacts(self.run_id, folder)
+
+    def log_trials(self, trials: Iterable[TrialRecord]) -> None:
+        """One nested run for each trial."""
+        with _told(self._server):
+            for trial in trials:
+                self._log_trial(trial)
+
+    def _log_trial(self, trial: TrialRecord) -> None:
+        tags = {"ncfm.search_of": self._identity.job_id, "ncfm.trial": str(trial.index)}
+        run = self._find(self._experiment_id, tags)
+        if run is None:
+            tags |= {"mlflow.parentRunId": self.run_id}
+            run = self._client.create_run(self._experiment_id, run_name=f"trial {trial.index}", tags=tags)
+        run_id = str(run.info.run_id)
+        self._describe(run_id, trial.params, {"ncfm.stopped_early": str(not trial.finished).lower()})
+        self._send(run_id, _metrics([("", row) for row in trial.rows], self._read_back(run_id)))
+        self._client.set_terminated(run_id, "FINISHED")
+
+    def close(self, status: str) -> None:
+        """End the run: FINISHED, FAILED or KILLED."""
+        with _told(self._server):
+            self._client.set_terminated(self.run_id, status)
+
+
+def _metrics(rows: Iterable[tuple[str, Row]], logged: Mapping[str, set[int]]) -> list[Metric]:
+    return [
+        Metric(prefix + name, value, int(row["time"]), int(row["step"]))
+        for prefix, row in rows
+        for name, value in row.items()
+        if name not in ("step", "time") and int(row["step"]) not in logged.get(prefix + name, ())
+    ]
+
+
+def _pictured_step(path: str) -> int | None:
+    # The client separates with `%`, which some artifact stores turn into `+` or `~`.
+    found = re.search(rf"{PICTURE_KEY}[%~+]step[%~+](\d+)[%~+]", path)
+    return int(found[1]) if found else None
+
+
+def as_text(value: JsonValue) -> str:
+    """A parameter's value as MLflow shows it."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 3] + "..."
+
+
+def flatten(document: JsonValue, prefix: str = "") -> dict[str, JsonValue]:
+    """Nested objects as dotted names; a list of objects is numbered, any other list stays one value."""
+    if isinstance(document, dict) and document:
+        items = list(document.items())
+    elif isinstance(document, list) and any(isinstance(each, dict) for each in document):
+        items = [(str(index), each) for index, each in enumerate(document)]
+    else:
+        return {prefix: document}
+    return {
+        name: value
+        for key, child in items
+        for name, value in flatten(child, f"{prefix}.{key}" if prefix else key).items()
+    }
