@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 
 from ncfm_core.catalog import DatasetFacts, dataset_facts
 from ncfm_core.errors import DatasetError, Problem
 from ncfm_core.rng import generator
 
-_TORCHVISION = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "cifar10": CIFAR10}
+_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+"""Names of torchvision's classes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,9 +188,12 @@ def _from_torchvision(facts: DatasetFacts, data_dir: Path, allow_download: bool)
                 "or allow the download with NCFM_ALLOW_DOWNLOAD=true.",
             )
         )
+    # Imported here: it takes a second, and `digits` does without it.
+    from torchvision import datasets
+
     for train in (True, False):
         try:
-            read = _TORCHVISION[facts.name](str(data_dir), train=train, download=bool(missing))
+            read = getattr(datasets, _TORCHVISION[facts.name])(str(data_dir), train=train, download=bool(missing))
         except (
             RuntimeError,
             OSError,

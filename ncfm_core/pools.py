@@ -67,9 +67,9 @@ class TeacherTraining:
     def step(self) -> int:
         return self._training.step
 
-    def run(self) -> Iterator[Progress]:
-        """Train from `step` to the end."""
-        yield from self._training.run()
+    def run(self, until: int | None = None) -> Iterator[Progress]:
+        """Train from `step` to `until` (all of it by default)."""
+        yield from self._training.run(until)
 
     def state(self) -> Weights:
         """Everything needed to go on bit for bit; the initial weights are drawn again."""

@@ -130,11 +130,14 @@ def _quick(facts: DatasetFacts) -> Document:
             "real_batch": 128,
             "reuse": 5,
             "num_frequencies": 512,
+            "sampler_lr": 1e-2,
             "calibration_weight": 10.0,
         },
         "model": {"width": 32},
         "teachers": {"count": 3, "training": {"epochs": 20 if small else 8, "lr": 0.02}},
         "full_data": {"students": 2, "training": {"epochs": 30 if small else 10, "lr": 0.02}},
+        # Networks this small gain little from a second thread; two stages at once gain more.
+        "resources": {"gpus": "auto", "cpus": 1 if small else 2},
     }
     merged: Document = _overlay(_paper(facts), quick)
     return merged

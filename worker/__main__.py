@@ -20,32 +20,41 @@ from worker.settings import Surroundings, prepare_own_ray, ray_address
 from worker.spec_file import load_spec
 from worker.storage import Storage
 
-
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """It becomes part of paths in the storage root."""
 
 
-class Stopped(BaseException):
-    """The process was asked to end (SIGTERM): Ray stops jobs that way."""
+class Stop:
+    """Handler of SIGTERM, which is how Ray stops a job: the process ends at once, and its attempt has no result."""
+
+    def __init__(self) -> None:
+        self.number = int(signal.SIGINT)
+        """The signal that came."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.number = number
+        # The one exception that a waiting call of Ray lets through.
+        raise KeyboardInterrupt
+
+    def install(self) -> None:
+        signal.signal(signal.SIGTERM, self)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, `EXIT_USER_ERROR`, or 1 for anything that is not the user's fault."""
-    options = _parser().parse_args(arguments)
+    options, stop = _parser().parse_args(arguments), Stop()
     try:
         surroundings = _surroundings(options)
         if options.command == "plan":
             return _plan(options, surroundings)
-        return _run(options, surroundings)
+        return _run(options, surroundings, stop)
     except NcfmError as error:
         for problem in error.problems:
             _tell(f"error: {problem}")
         return EXIT_USER_ERROR if isinstance(error, SpecError | ResourcesError) else 1
-    except Stopped:
-        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        _tell("stopped")
-        return 128 + signal.SIGINT
+        _tell(f"stopped by {signal.Signals(stop.number).name}")
+        return 128 + stop.number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,8 +105,8 @@ def _plan(options: argparse.Namespace, surroundings: Surroundings) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, surroundings: Surroundings) -> int:
-    signal.signal(signal.SIGTERM, _stop)
+def _run(options: argparse.Namespace, surroundings: Surroundings, stop: Stop) -> int:
+    stop.install()
     if options.attempt < 1:
         raise SpecError.of("--attempt", options.attempt, "must be at least 1", "")
     if options.job_id is not None and not JOB_ID.fullmatch(options.job_id):
@@ -111,7 +120,7 @@ def _run(options: argparse.Namespace, surroundings: Surroundings) -> int:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("worker").addHandler(handler)
     request = Request(spec=spec, job_id=options.job_id, attempt=options.attempt)
-    result, headline = run(request, surroundings, on_connected=lambda: signal.signal(signal.SIGTERM, _stop))
+    result, headline = run(request, surroundings, on_connected=stop.install)
     if result.error is not None:
         for problem in result.error.problems:
             _tell(f"error: {Problem(**problem)}")
@@ -130,10 +139,6 @@ def _show(headline: dict[str, JsonValue]) -> None:
     for name in ("set_path", "preview", "mlflow_url"):
         if headline[name]:
             _tell(f"{name.removesuffix('_path').replace('_url', ''):12} {headline[name]}")
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped
 
 
 if __name__ == "__main__":

@@ -75,14 +75,14 @@ class Attempt:
         pool = Pool(self._site(demand), self._storage, dataset, demand=demand, slots=slots, observer=self._reporter)
         needed = plan(spec, facts.digest, held_out_digest=facts.held_out_digest)
         self._reporter.board.expect(["inspect", *(build.stage for build in needed.builds()), "publish"])
-        pool.run(teacher_orders(needed, spec))
         searched = self._search(pool, needed, dataset, demand)
         if searched is not None:
             best = cast(Mapping[str, JsonValue], searched.figures["best"])
             self._reporter.say(f"the search chose {dict(best)}")
             spec = best_spec(spec, best)
             needed = replace(plan(spec, facts.digest), search=needed.search, search_teachers=needed.search_teachers)
-        results = pool.run(distill_orders(needed, spec))
+        # All at once: what the set does not wait for fills the slots that teachers and distillation leave free.
+        results = pool.run([*teacher_orders(needed, self._job.spec), *distill_orders(needed, spec)])
         return self._publish(needed, results, spec, searched)
 
     def _site(self, demand: tasks.Demand) -> Site:
@@ -122,7 +122,8 @@ class Attempt:
             return None
         from worker.search import search  # Ray Tune takes two seconds to import, for the few jobs that search
 
-        teachers = pool.run([order for order in teacher_orders(needed, self._job.spec) if order.build.held_out])
+        # Those of the distillation as well, so that the stages come in their order.
+        teachers = pool.run(teacher_orders(needed, self._job.spec))
 
         def report(progress: Progress) -> None:
             self._reporter.happened(build, progress)

@@ -33,6 +33,8 @@ class Observer(Protocol):
 
     def waits(self, build: Build, holder: str) -> None: ...
 
+    def lost(self, build: Build, error: WorkerLostError) -> None: ...
+
     def finished(self, build: Build, result: StageResult, *, cached: bool) -> None: ...
 
 
@@ -166,10 +168,11 @@ class Pool:
         for running in [each for each in self._running if any(each.generator is one for one in heard)]:
             try:
                 self._hear(running)
-            except WorkerLostError:
+            except WorkerLostError as error:
                 running.losses += 1
                 if running.losses > MAX_LOSSES:
                     raise
+                self._observer.lost(running.order.build, error)
                 running.generator = self._start(running.order, running.arguments)
 
     def _hear(self, running: _Running) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from ncfm_core.errors import NcfmError
 from ncfm_core.progress import Progress
 from worker.board import Board
 from worker.evidence import accuracy_in, in_words
@@ -66,6 +67,9 @@ class Reporter:
         if self._waits.get(build.label) != holder:
             self._waits[build.label] = holder
             self.say(f"waits for {build.label}, built by {holder}")
+
+    def lost(self, build: Build, error: NcfmError) -> None:
+        self.warn(f"{build.label} is begun again: {error.problems[0].message}")
 
     def finished(self, build: Build, result: StageResult, *, cached: bool) -> None:
         self.board.finished(build.stage, build.label, cached=cached)

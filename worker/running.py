@@ -39,7 +39,7 @@ class Request:
 
 
 def run(
-    asked: Request, surroundings: Surroundings, *, on_connected: Callable[[], object]
+    asked: Request, surroundings: Surroundings, *, on_connected: Callable[[], None]
 ) -> tuple[AttemptResult, dict[str, JsonValue]]:
     """One attempt, to its result and the figures to show.
 

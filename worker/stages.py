@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import safetensors.torch
 import torch
-from PIL import Image
 from pydantic import JsonValue
 
 from ncfm_core.catalog import dataset_facts
@@ -26,10 +25,10 @@ from ncfm_core.evaluate import random_real as draw_random_real
 from ncfm_core.pools import TeacherTraining
 from ncfm_core.progress import Progress
 from ncfm_core.spec import EvaluationSpec, FullDataSpec, JobSpec, ModelSpec, NcfmSpec, TrainingSpec
-from ncfm_core.synthetic import SyntheticSet, to_state
+from ncfm_core.synthetic import to_state
 from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool, read_synthetic
 from worker.evidence import Evidence
-from worker.export import ZIP_DATE, data_card, export_files
+from worker.export import ZIP_DATE, data_card, export_files, png
 from worker.history import Event, History, Notice, Picture, Stage
 from worker.recipe import training_script
 from worker.records import Accuracy, StageResult
@@ -91,11 +90,12 @@ def teacher(
         building.history = saved.history
         task.load_state(saved.state)
         yield Notice(f"teacher {index} goes on from step {saved.step}")
-    for progress in task.run():
-        building.history.add(progress)
-        if task.step < task.total and checkpoints.due(task.step):
-            checkpoints.save(task.step, task.state(), building.history)
-        yield progress
+    while task.step < task.total:
+        for progress in task.run(until=min(task.total, checkpoints.next_step)):
+            building.history.add(progress)
+            if task.step < task.total and checkpoints.due(task.step):
+                checkpoints.save(task.step, task.state(), building.history)
+            yield progress
     figures: dict[str, JsonValue] = {"accuracy": task.accuracy(), "steps": task.total}
     result = building.commit({WEIGHTS_FILE: safetensors.torch.save(task.result())}, figures)
     checkpoints.clear()
@@ -129,7 +129,7 @@ def distill(
     pictured = sorted({round(share * task.total) for share in PICTURED})
     while True:
         if task.step in pictured and all(picture.step != task.step for picture in pictures):
-            pictures += (Picture(task.step, _png(task.synthetic)),)
+            pictures += (Picture(task.step, png(task.synthetic.grid())),)
             yield pictures[-1]
         if task.step == task.total:
             break
@@ -279,10 +279,3 @@ def _judge(building: Building, students: Generator[Progress, None, Evaluation]) 
 def _last(history: History) -> dict[str, JsonValue]:
     """The metrics of the last row."""
     return {name: value for name, value in history.rows[-1].items() if name != "time"} if history.rows else {}
-
-
-def _png(synthetic: SyntheticSet) -> bytes:
-    grid = synthetic.grid().permute(1, 2, 0).numpy()
-    out = io.BytesIO()
-    Image.fromarray(grid.squeeze(2) if grid.shape[2] == 1 else grid).save(out, "PNG")
-    return out.getvalue()

@@ -161,6 +161,7 @@ class MlflowRun:
                 return
             entity = _Data(name, digest, facts)._to_mlflow_entity()
             context = [InputTag("mlflow.data.context", "distillation")]
+            self._client.log_batch(self.run_id, tags=[RunTag("ncfm.data_digest", digest)])
             self._client.log_inputs(self.run_id, datasets=[DatasetInput(entity, context)])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -230,6 +231,11 @@ class MlflowRun:
         """End the run: FINISHED, FAILED or KILLED."""
         with _told(self._server):
             self._client.set_terminated(self.run_id, status)
+            # A server that was stuck may have made a run after its caller had given up and asked again.
+            query = f"tags.`ncfm.job_id` = '{self._identity.job_id}'"
+            for run in self._client.search_runs([self._experiment_id], query):
+                if run.info.run_id != self.run_id:
+                    self._client.delete_run(run.info.run_id)
 
 
 def _metrics(rows: Iterable[tuple[str, Row]], logged: Mapping[str, set[int]]) -> list[Metric]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -81,16 +82,22 @@ def mlflow_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a driver of a cluster with two CPUs."""
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, dict[str, str]]]:
+    """Process id of a cluster with two CPUs, and the environment of its drivers."""
     port, log = free_port(), tmp_path_factory.mktemp("ray") / "log"
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     with tempfile.TemporaryDirectory(prefix="ncfm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
         command += ["--num-cpus=2", "--node-ip-address=127.0.0.2", "--include-dashboard=false", f"--temp-dir={folder}"]
-        with process(command, environment, log):
+        with process(command, environment, log) as running:
             eventually(lambda: b"Ray runtime started" in log.read_bytes())
-            yield environment | {"RAY_ADDRESS": f"127.0.0.2:{port}"}
+            yield running.pid, environment | {"RAY_ADDRESS": f"127.0.0.2:{port}"}
+
+
+@pytest.fixture(scope="module")
+def cluster(head: tuple[int, dict[str, str]]) -> dict[str, str]:
+    """The environment of a driver."""
+    return head[1]
 
 
 @pytest.fixture
@@ -223,6 +230,20 @@ def test_killed_driver_is_resumed_to_the_same_bits(tmp_path: Path, spec_file: Pa
 def _distilling(storage: Path) -> bool:
     status = Storage(str(storage)).get_record(attempt_path("J", 1, "status.json"), AttemptStatus)
     return status is not None and status.stage == "distill" and 40 <= status.completed < 400
+
+
+def test_killed_task_goes_on_in_the_same_attempt(
+    tmp_path: Path, spec_file: Path, head: tuple[int, dict[str, str]]
+) -> None:
+    storage = tmp_path / "storage"
+    running = start([str(spec_file), "--job-id", "J", "--set", "method.steps=400"], head[1], storage)
+    eventually(lambda: any(storage.glob("checkpoints/J/*/1/*.json")) and _distilling(storage))
+    named = psutil.Process(head[0]).children(recursive=True)
+    next(each for each in named if each.cmdline()[:1] == ["ray::distill"]).kill()
+    finish(running)
+    log = (storage / "jobs/J/attempts/1/driver.log").read_text()
+    assert "was lost" in log
+    assert "goes on from step" in log
 
 
 def test_stopped_driver_ends_promptly_without_a_result(

@@ -126,16 +126,13 @@ def test_stopped_distillation_ends_with_the_same_bits(job_of: JobOf, storage: St
     assert [event.step for event in later if isinstance(event, Picture)] == [45, 60]
 
 
-def test_stopped_teacher_ends_with_the_same_bits(
-    job_of: JobOf, storage: Storage, finish: Finish, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ncfm_core.training.REPORT_EVERY", 11)
+def test_stopped_teacher_ends_with_the_same_bits(job_of: JobOf, storage: Storage, finish: Finish) -> None:
     undisturbed, _ = finish(job_of(1).teacher(0))
     expected = content(storage, undisturbed)
     storage.delete(storage.list("results"))
-    stop_after(job_of(2).teacher(0), 44)
+    stop_after(job_of(2).teacher(0), 40)
     resumed, later = finish(job_of(3).teacher(0))
-    assert Notice("teacher 0 goes on from step 44") in later
+    assert Notice("teacher 0 goes on from step 40") in later
     assert content(storage, resumed) == expected
 
 
@@ -147,7 +144,6 @@ def test_checkpoints_are_gone_once_the_result_is_there(job_of: JobOf, storage: S
 def test_threads_of_the_checkpoint_are_kept(
     site_of: SiteOf, job_of: JobOf, storage: Storage, finish: Finish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ncfm_core.training.REPORT_EVERY", 11)
     first = job_of(1)
     first.site = Site(**{name: getattr(first.site, name) for name in first.site.__slots__} | {"threads": 2})
     stop_after(first.teacher(0), 44)

@@ -1,0 +1,44 @@
+"""What goes into an MLflow run, as far as it needs no server (test_run.py has one)."""
+
+from __future__ import annotations
+
+import pytest
+
+from ncfm_core.errors import TrackingError
+from ncfm_core.presets import resolve
+from worker.live import RunIdentity
+from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _pictured_step, as_text, flatten
+
+
+def test_spec_is_flattened_to_dotted_names() -> None:
+    params = flatten(resolve({"dataset": "digits", "ipc": 1}).document())
+    assert params["method.augment.ops"] == ["color", "crop", "cutout"]
+    assert params["evaluate.0.training.lr"] == 0.005
+    assert params["search"] is None
+    assert not any(isinstance(value, dict) for value in params.values())
+
+
+def test_empty_parts_are_kept() -> None:
+    assert flatten({"a": {}, "b": []}) == {"a": {}, "b": []}
+
+
+def test_value_is_text_within_the_limit() -> None:
+    assert as_text("plain") == "plain"
+    assert as_text([1, 2]) == "[1, 2]"
+    assert as_text(None) == "null"
+    assert len(as_text("x" * 10_000)) == MAX_VALUE_CHARS
+
+
+@pytest.mark.parametrize("separator", ["%", "+", "~"])
+def test_step_of_a_picture_is_read_from_its_name(separator: str) -> None:
+    name = separator.join(("images/synthetic", "step", "125", "timestamp", "17", "uuid.png"))
+    assert _pictured_step(name) == 125
+    assert _pictured_step("images/other.png") is None
+
+
+def test_server_that_is_away_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    identity = RunIdentity(job_id="J", experiment="digits", name="n", params={}, tags={})
+    with pytest.raises(TrackingError, match="MLflow did not take it"):
+        MlflowRun("http://127.0.0.1:1", "http://127.0.0.1:1", identity)
