@@ -15,7 +15,7 @@ STDLIB = frozenset(sys.stdlib_module_names)
 
 TORCH_FREE = frozenset({"spec", "catalog", "presets", "errors", "cost", "progress", "__init__"})
 """Modules of ncfm_core that the service may use."""
-LIGHT = frozenset({"plan", "storage", "records", "settings", "__init__"})
+LIGHT = frozenset({"plan", "storage", "records", "settings", "spec_file", "__init__"})
 """Modules of worker that the service may use."""
 
 HEAVY = frozenset({"torch", "torchvision", "ray", "mlflow", "sklearn", "numpy", "safetensors", "pyarrow", "PIL"})

@@ -13,12 +13,11 @@ from service.cli import jobs
 from service.cli.demo import demo
 from service.cli.terminal import as_json, messages, results
 from service.client import ClientError, ServiceAway
-from service.documents import DocumentError
 from service.local.stack import Wishes, run_stack
 from service.local.state import Home, StackState
 from service.settings import SettingsError, load_settings
 
-BAD_INPUT = (ClientError, DocumentError, SettingsError, SpecError)
+BAD_INPUT = (ClientError, SettingsError, SpecError)
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_AWAY, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(

@@ -24,10 +24,10 @@ from ncfm_core.presets import resolve
 from service.cli.jobs import AsJson, accuracy_table, follow
 from service.cli.terminal import as_json, messages, results
 from service.client import Client
-from service.documents import with_settings
 from service.local.state import Home, StackError, StackStatus
 from service.replies import Job
 from service.settings import load_settings
+from worker.spec_file import with_changes
 
 SMALLEST: dict[str, JsonValue] = {"dataset": "digits", "ipc": 1}
 POLL_S = 0.2
@@ -56,7 +56,7 @@ def demo(
     Distils the digits into ten images, trains networks on them, and compares with random images and with all of them.
     Uses the running stack of NCFM_HOME, or starts one in a temporary folder and stops it at the end.
     """
-    document = with_settings(SMALLEST, settings or [])
+    document = with_changes(SMALLEST, settings or [])
     # Both before the minutes of work, not after.
     resolve(document)
     _check_writable(dest)

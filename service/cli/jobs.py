@@ -12,10 +12,10 @@ from rich.table import Table
 from service.cli.progress_bars import StageBars
 from service.cli.terminal import as_json, messages, results
 from service.client import Client, ServiceAway
-from service.documents import read_document, with_settings
 from service.local.state import Home
 from service.replies import Job
 from service.settings import load_settings
+from worker.spec_file import read_document, with_changes
 
 Url = Annotated[
     str | None,
@@ -62,7 +62,7 @@ def submit(
     document = read_document(spec) if spec is not None else {}
     given = {"dataset": dataset, "ipc": ipc}
     document |= {name: value for name, value in given.items() if value is not None}
-    document = with_settings(document, settings or [])
+    document = with_changes(document, settings or [])
     with connect(url) as client:
         job = client.submit(document)
         for warning in job.warnings:

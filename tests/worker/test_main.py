@@ -83,7 +83,7 @@ def test_plan_imports_neither_torch_nor_ray_nor_mlflow(tmp_path: Path, spec_file
         ("dataset: digits\nipc: 0\n", "ipc: "),
         ("dataset: digits\nipc: 500\n", "Choose 1 to 118."),
         ("dataset: digits\nipc: 1\nstesp: 3\n", "unknown key"),
-        ("dataset: [digits\n", "neither YAML nor JSON"),
+        ("dataset: [digits\n", "not YAML"),
     ],
 )
 def test_bad_spec_is_the_users_error(tmp_path: Path, command: str, text: str, message: str) -> None:
