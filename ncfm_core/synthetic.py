@@ -15,6 +15,8 @@ from ncfm_core.datasets import Dataset
 
 GRID_SCALE_TO = 64
 """Pixels that a stored image is enlarged to, at least, in a grid."""
+PREVIEW_IMAGES = 10
+"""Stored images of each class that a preview shows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +54,28 @@ class SyntheticSet:
 
         One row a class; a set of one image per class stands in one row.
         """
-        channels, height, _ = self.images.shape[1:]
-        enlarge = -(-GRID_SCALE_TO // height)
-        pixels = self.images.detach().mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
-        pixels = pixels.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
-        pixels = F.pad(pixels, (1, 1, 1, 1), value=128)
-        columns = self.ipc if self.ipc > 1 else self.num_classes
-        rows = pixels.view(-1, columns, channels, *pixels.shape[2:])
-        return rows.permute(2, 0, 3, 1, 4).reshape(channels, -1, columns * pixels.shape[3])
+        images = self.images.unflatten(0, (self.num_classes, self.ipc))
+        return _picture(images.transpose(0, 1) if self.ipc == 1 else images)
+
+    def preview(self) -> Tensor:
+        """Like `grid`, of the first images of each class, each class's stored ones followed by what they decode to."""
+        classes = self.images.unflatten(0, (self.num_classes, self.ipc))[:, :PREVIEW_IMAGES]
+        if self.factor > 1:
+            decoded = decode(classes.flatten(0, 1), self.factor).unflatten(0, (self.num_classes, -1))
+            classes = torch.cat((classes, decoded), dim=1)
+        return _picture(classes.transpose(0, 1) if self.ipc == 1 else classes)
+
+
+def _picture(images: Tensor) -> Tensor:
+    """Images of shape (rows, columns, channels, H, W) in [0, 1] in a frame, enlarged, uint8 of shape (channels, ..., ...)."""
+    rows, columns, channels, height, _ = images.shape
+    enlarge = -(-GRID_SCALE_TO // height)
+    pixels = images.detach().flatten(0, 1).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
+    pixels = pixels.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
+    pixels = F.pad(pixels, (1, 1, 1, 1), value=128)
+    high, wide = pixels.shape[2:]
+    placed = pixels.view(rows, columns, channels, high, wide).permute(2, 0, 3, 1, 4)
+    return placed.reshape(channels, rows * high, columns * wide)
 
 
 def tiles(size: int, factor: int) -> list[tuple[int, int]]:

@@ -30,7 +30,7 @@ CARD = """\
 {count} stored images ({factor}x{factor} tiles each, {decoded} training images once decoded), made by NCFM
 (neural characteristic function matching) with seed {seed}.
 
-![the stored images](preview.png)
+![the stored images and what they decode to](preview.png)
 
 | trained on | test accuracy (last epoch, mean and std over students) |
 |---|---|
@@ -86,7 +86,7 @@ def export_files(
         "images.safetensors": save_tensors({"images": synthetic.images.detach().contiguous()}, _metadata(synthetic)),
         "labels.safetensors": save_tensors({"labels": synthetic.labels.contiguous()}),
         "manifest.json": _json(_manifest(synthetic, facts, provenance)),
-        "preview.png": png(synthetic.grid()),
+        "preview.png": png(synthetic.preview()),
         "README.md": card.encode(),
         "imagefolder.zip": _imagefolder(pngs, labels, facts),
         "train.parquet": _parquet(pngs, labels, facts),

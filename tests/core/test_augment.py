@@ -8,7 +8,9 @@ from ncfm_core.augment import NUM_PARAMETERS, OPERATIONS
 from ncfm_core.rng import generator
 from ncfm_core.spec import AugmentSpec
 
-ALL = AugmentSpec.model_validate_json('{"policy": "stack", "ops": ["color", "crop", "cutout", "flip", "scale", "rotate"]}').ops
+ALL = AugmentSpec.model_validate_json(
+    '{"policy": "stack", "ops": ["color", "crop", "cutout", "flip", "scale", "rotate"]}'
+).ops
 
 
 def images(num: int = 6, size: int = 16, channels: int = 3) -> torch.Tensor:

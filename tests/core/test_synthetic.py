@@ -71,6 +71,15 @@ def test_state_round_trip(digits: Dataset) -> None:
     assert (again.factor, again.ipc, again.num_classes) == (2, 2, 10)
 
 
+@pytest.mark.parametrize(
+    ("ipc", "factor", "rows", "columns"), [(1, 2, 5, 10), (3, 2, 10, 15), (3, 1, 10, 3), (12, 2, 10, 50)]
+)
+def test_preview_shows_what_the_images_decode_to(ipc: int, factor: int, rows: int, columns: int) -> None:
+    images = torch.rand((10 * ipc, 3, 8, 8), generator=generator(0, "images"))
+    labels = torch.arange(10).repeat_interleave(ipc)
+    assert SyntheticSet(images, labels, factor).preview().shape == (3, rows * 66, columns * 66)
+
+
 @pytest.mark.parametrize(("ipc", "rows", "columns"), [(1, 1, 10), (3, 10, 3)])
 def test_grid_shows_every_image_once(ipc: int, rows: int, columns: int) -> None:
     labels = torch.arange(10).repeat_interleave(ipc)

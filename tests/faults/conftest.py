@@ -1,0 +1,133 @@
+"""What the tests of faults share: finding the processes to kill, knowing when to, and watching the API meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from service.client import Client
+from service.local.state import Home, StackState
+from service.local.sweep import find
+from service.replies import Job
+from worker.records import StageResult
+from worker.storage import Storage
+
+Until = Callable[..., Any]
+
+POLL_S = 0.1
+PATIENCE_S = 10.0
+"""For one answer of the API: a machine that is busy is no fault."""
+
+
+@pytest.fixture
+def home(stack: StackState) -> Home:
+    """Where the running stack says how it is."""
+    return Home(Path(stack.home))
+
+
+@pytest.fixture
+def followed(stack_client: Client) -> Callable[[str], Job]:
+    """Waits for the end of a job."""
+    return lambda job_id: stack_client.wait(job_id, on_change=lambda _: None, poll_s=0.1)
+
+
+@pytest.fixture
+def same_job(main_job: list[Job], small_job: dict[str, Any], stack_storage: Storage) -> dict[str, Any]:
+    """The main job's submission, whose set has been taken out of the storage root so that it is made again."""
+    for path in stack_storage.list("results"):
+        result = stack_storage.get_record(path, StageResult)
+        assert result is not None
+        if result.stage in ("distill", "publish"):
+            stack_storage.delete([path])
+    return small_job
+
+
+@pytest.fixture
+def checkpoint_of(stack_storage: Storage, until: Until) -> Callable[[str], int]:
+    """Waits for a checkpoint of a job in mid-distillation, and returns its step."""
+
+    def newest(job_id: str) -> int:
+        # Teachers of the small job end before their first checkpoint is due.
+        records = [Path(path) for path in stack_storage.list(f"checkpoints/{job_id}") if path.endswith(".json")]
+        return max((int(path.stem) for path in records), default=0)
+
+    return lambda job_id: int(until(lambda: newest(job_id)))
+
+
+@pytest.fixture
+def processes_of(stack: StackState) -> Callable[[str], list[psutil.Process]]:
+    """Processes that a job has on this machine: those that carry its id, and those of the stack that run a stage."""
+
+    def look(job_id: str) -> list[psutil.Process]:
+        carriers = [each for each in psutil.process_iter() if carries(each, job_id)]
+        return carriers + [each for each in find(stack.stack_id) if title(each).startswith("ray::distill")]
+
+    return look
+
+
+def carries(process: psutil.Process, word: str) -> bool:
+    with suppress(psutil.Error, OSError):
+        told = [*process.cmdline(), *process.environ().values()]
+        return process.pid != psutil.Process().pid and any(word in each for each in told)
+    return False
+
+
+def title(process: psutil.Process) -> str:
+    with suppress(psutil.Error, OSError):
+        return " ".join(process.cmdline())
+    return ""
+
+
+@pytest.fixture
+def driver_of(processes_of: Callable[[str], list[psutil.Process]]) -> Callable[[str], psutil.Process]:
+    """The process `python -m worker run` of a job."""
+
+    def look(job_id: str) -> psutil.Process:
+        found = [each for each in processes_of(job_id) if each.cmdline()[1:4] == ["-m", "worker", "run"]]
+        assert len(found) == 1, found
+        return found[0]
+
+    return look
+
+
+@pytest.fixture
+def task_of(processes_of: Callable[[str], list[psutil.Process]]) -> Callable[[str], psutil.Process]:
+    """Ray's process that runs the distillation of a job, the only one at the time."""
+
+    def look(job_id: str) -> psutil.Process:
+        found = [each for each in processes_of(job_id) if title(each).startswith("ray::distill")]
+        assert len(found) == 1, found
+        return found[0]
+
+    return look
+
+
+@pytest.fixture
+def steady_api(stack: StackState) -> Iterator[None]:
+    """Asks the API ten times a second while a test runs; one answer that is missing fails the test."""
+    answers: list[str] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=stack.api, timeout=PATIENCE_S) as http:
+            while not ended.wait(POLL_S):
+                began = time.monotonic()
+                try:
+                    answers.append(str(http.get("/jobs", params={"limit": 5}).status_code))
+                except httpx.HTTPError as error:
+                    answers.append(f"{type(error).__name__} after {time.monotonic() - began:.2f} s")
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+    assert set(answers) == {"200"}, answers
