@@ -114,7 +114,7 @@ def _run(options: argparse.Namespace, surroundings: Surroundings, stop: Stop) ->
     spec = load_spec(options.spec, options.changes, lambda: Storage(surroundings.storage_url))
     if ray_address() is None:
         prepare_own_ray()
-    from worker.running import Request, run  # after the above: Ray reads its settings when it is imported
+    from worker.driver.running import Request, run  # after the above: Ray reads its settings when it is imported
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

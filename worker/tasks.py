@@ -15,9 +15,9 @@ from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorErr
 
 from ncfm_core.errors import NcfmError, ResourcesError
 from ncfm_core.spec import ResourcesSpec
+from worker.driver.probe import ClusterUnreachableError
 from worker.history import Event, Notice, Stage
 from worker.plan import Kind
-from worker.probe import ClusterUnreachableError
 from worker.records import StageResult
 from worker.site import Site
 from worker.storage import Storage

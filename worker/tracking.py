@@ -25,8 +25,8 @@ from PIL import Image
 from pydantic import JsonValue
 
 from ncfm_core.errors import TrackingError
+from worker.driver.live import RunIdentity, TrialRecord
 from worker.history import Picture, Row
-from worker.live import RunIdentity, TrialRecord
 
 PICTURE_KEY = "synthetic"
 MAX_VALUE_CHARS = 6000

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from ncfm_core.progress import Progress
-from worker.board import Board, StatusWriter
+from worker.driver.board import Board, StatusWriter
 from worker.records import AttemptStatus, attempt_path
 from worker.storage import Storage
 

@@ -10,9 +10,9 @@ import pytest
 from pydantic import JsonValue
 
 from ncfm_core.errors import TrackingError
-from worker import live
+from worker.driver import live
+from worker.driver.live import Rows, Story, Tracker, TrialRecord
 from worker.history import Picture, Row
-from worker.live import Rows, Story, Tracker, TrialRecord
 
 
 class MemoryRun:

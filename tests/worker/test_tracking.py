@@ -6,7 +6,7 @@ import pytest
 
 from ncfm_core.errors import TrackingError
 from ncfm_core.presets import resolve
-from worker.live import RunIdentity
+from worker.driver.live import RunIdentity
 from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _pictured_step, as_text, flatten
 
 

@@ -11,18 +11,18 @@ from pydantic import JsonValue
 from ncfm_core.progress import Progress
 from ncfm_core.spec import JobSpec
 from worker import tasks
+from worker.driver.live import Tracker, TrialRecord
+from worker.driver.orders import distill_orders, evidence, teacher_orders
+from worker.driver.pool import Pool, Results
+from worker.driver.reporter import Reporter
+from worker.driver.story import result_file, tell
 from worker.environment import code_version
 from worker.evidence import Evidence
-from worker.live import Tracker, TrialRecord
-from worker.orders import distill_orders, evidence, teacher_orders
 from worker.plan import Plan, held_out, plan
-from worker.pool import Pool, Results
 from worker.records import FileRecord, StageResult, set_folder
-from worker.reporter import Reporter
 from worker.settings import Surroundings
 from worker.site import DataFacts, Site
 from worker.storage import Storage
-from worker.story import result_file, tell
 from worker.trials import BEST_FILE, TRIALS_FILE, best_spec, read_trials
 
 

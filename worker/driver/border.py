@@ -6,12 +6,12 @@ import logging
 import time
 
 from ncfm_core.errors import DatasetError, NcfmError, Problem, ResourcesError, SpecError, shorten
-from worker.attempt import Assignment, Attempt, Outcome
-from worker.board import Board, StatusWriter
-from worker.driver_log import DriverLog
-from worker.live import Tracker
+from worker.driver.attempt import Assignment, Attempt, Outcome
+from worker.driver.board import Board, StatusWriter
+from worker.driver.live import Tracker
+from worker.driver.log import DriverLog
+from worker.driver.reporter import Reporter
 from worker.records import AttemptResult, ErrorRecord, attempt_path, now, spec_path
-from worker.reporter import Reporter
 from worker.settings import Surroundings
 from worker.storage import Storage
 

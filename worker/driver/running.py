@@ -11,12 +11,12 @@ from ulid import ULID
 
 from ncfm_core.errors import NcfmError
 from ncfm_core.spec import JobSpec
-from worker.attempt import Assignment
-from worker.board import Board
-from worker.driver import drive, refuse
+from worker.driver.attempt import Assignment
+from worker.driver.board import Board
+from worker.driver.border import drive, refuse
+from worker.driver.live import Run, RunIdentity, Tracker
+from worker.driver.probe import probe_mlflow, probe_ray
 from worker.environment import code_version
-from worker.live import Run, RunIdentity, Tracker
-from worker.probe import probe_mlflow, probe_ray
 from worker.records import Accuracy, AttemptResult, set_folder
 from worker.settings import Surroundings, prepare_tracking, ray_address
 from worker.storage import Storage
@@ -52,7 +52,7 @@ def run(
         NcfmError: it could not begin, and nothing was written but, for a controller, the result that says so.
     """
     storage = Storage(surroundings.storage_url)
-    assignment = Assignment(spec=asked.spec, job_id=asked.job_id or str(ULID()), attempt=asked.attempt)
+    assignment = Assignment(spec=asked.spec, job_id=asked.job_id or str(ULID()).lower(), attempt=asked.attempt)
     address = ray_address()
     try:
         if address is not None:

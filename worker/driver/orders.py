@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ncfm_core.spec import JobSpec
+from worker.driver.pool import Order, Results
 from worker.evidence import Evidence
 from worker.plan import Build, Plan, held_out
-from worker.pool import Order, Results
 
 
 def teacher_orders(plan: Plan, spec: JobSpec) -> list[Order]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from worker.driver.live import Rows, Story
+from worker.driver.pool import Results
 from worker.evidence import Evidence
 from worker.history import HISTORY_FILE, Picture, picture_step, read_history
-from worker.live import Rows, Story
 from worker.plan import Build
-from worker.pool import Results
 from worker.records import StageResult
 from worker.storage import Storage
 

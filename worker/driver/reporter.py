@@ -7,13 +7,13 @@ import time
 
 from ncfm_core.errors import NcfmError
 from ncfm_core.progress import Progress
-from worker.board import Board
+from worker.driver.board import Board
+from worker.driver.live import Tracker
+from worker.driver.story import metric_prefix
 from worker.evidence import accuracy_in, in_words
 from worker.history import Event, Notice, Picture, row_of
-from worker.live import Tracker
 from worker.plan import Build
 from worker.records import StageName, StageResult
-from worker.story import metric_prefix
 
 log = logging.getLogger(__name__)
 
