@@ -1,28 +1,37 @@
-"""From a submission to a spec: the published defaults, the quick ones, and `resolve`. Torch-free.
-
-A submission is the spec with anything left out; the smallest one is `{"dataset": "digits", "ipc": 1}`. `resolve` lays it over its
-preset, once; the job keeps both, so that a later release never changes it.
-"""
+"""The published defaults and the quick ones: everything that a submission may leave out. Torch-free."""
 
 from __future__ import annotations
 
-import json
-import types
-from collections.abc import Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, JsonValue, ValidationError
+from pydantic import JsonValue
 
-from ncfm_core.catalog import DATASETS, DatasetFacts, dataset_facts, nearest
-from ncfm_core.errors import Problem, SpecError, shorten
-from ncfm_core.spec import JobSpec
+from ncfm_core.catalog import DatasetFacts, PresetName
 
 Document = dict[str, JsonValue]
 
-_NAMED = ("dataset", "method", "model")
-"""Parts that may be given by their name alone."""
-MAX_DEPTH = 32
-"""Deepest nesting of a submission."""
+
+def preset(name: PresetName, facts: DatasetFacts) -> Document:
+    """The whole spec for a data set but `dataset`, `ipc` and `evaluate`.
+
+    Args:
+        name: `paper` has the published values, `quick` a narrow network and few steps for two CPU cores.
+        facts: the data set.
+    """
+    values = _quick(facts) if name == "quick" else _paper(facts)
+    return _COMMON | values | {"preset": name, "experiment": facts.name}
+
+
+def evaluation(name: PresetName, facts: DatasetFacts) -> Document:
+    """An entry of `evaluate` but its model."""
+    return _quick_evaluation(facts) if name == "quick" else _ncfm_evaluation(facts)
+
+
+def overlay(base: JsonValue, over: JsonValue) -> Any:
+    """`over` laid over `base`: objects merge key by key, anything else replaces."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return base | {key: overlay(base[key], value) if key in base else value for key, value in over.items()}
 
 
 def _augment(facts: DatasetFacts, policy: str, *ops: str) -> Document:
@@ -139,7 +148,7 @@ def _quick(facts: DatasetFacts) -> Document:
         # Networks this small gain little from a second thread; two stages at once gain more.
         "resources": {"gpus": "auto", "cpus": 1 if small else 2},
     }
-    merged: Document = _overlay(_paper(facts), quick)
+    merged: Document = overlay(_paper(facts), quick)
     return merged
 
 
@@ -150,7 +159,7 @@ _COMMON: Document = {
     "seed": 0,
 }
 
-_SEARCH: Document = {
+SEARCH: Document = {
     "trials": 16,
     "scheduler": "asha",
     "rungs": 3,
@@ -158,221 +167,4 @@ _SEARCH: Document = {
     "epochs": 150,
     "validation_fraction": 0.2,
 }
-
-
-def _overlay(base: JsonValue, over: JsonValue) -> Any:
-    """`over` laid over `base`: objects merge key by key, anything else replaces."""
-    if not (isinstance(base, dict) and isinstance(over, dict)):
-        return over
-    return base | {key: _overlay(base[key], value) if key in base else value for key, value in over.items()}
-
-
-def _named(value: JsonValue) -> JsonValue:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _dataset(document: Mapping[str, JsonValue]) -> DatasetFacts:
-    dataset = _named(document.get("dataset"))
-    if dataset is None:
-        raise SpecError(Problem("dataset", "", "required", f"Name one of: {', '.join(DATASETS)}."))
-    name = dataset.get("name") if isinstance(dataset, dict) else None
-    if not isinstance(name, str):
-        raise SpecError.of("dataset", dataset, "must be a name or an object with a name", 'Try "dataset": "digits".')
-    return dataset_facts(name)
-
-
-def _preset(document: Mapping[str, JsonValue], facts: DatasetFacts) -> str:
-    preset = document.get("preset", facts.default_preset)
-    if not isinstance(preset, str) or preset not in facts.presets:
-        if preset == "paper":
-            raise SpecError.of("preset", preset, f"no published values exist for {facts.name}", "Use preset: quick.")
-        raise SpecError.of("preset", preset, "unknown preset", nearest(str(preset), facts.presets))
-    return preset
-
-
-def _evaluations(given: JsonValue, default: Document, model: JsonValue) -> JsonValue:
-    """Each entry laid over the preset's; one whose training was changed by hand is no longer that protocol."""
-    default = default | {"model": model}
-    if not isinstance(given, list):
-        return [default] if given is None else given
-    entries: list[JsonValue] = []
-    for entry in given:
-        if isinstance(entry, dict):
-            entry = _overlay(default, entry | ({"model": _named(entry["model"])} if "model" in entry else {}))
-            if entry["training"] != default["training"] and entry["protocol"] == default["protocol"]:
-                entry["protocol"] = "custom"
-        entries.append(entry)
-    return entries
-
-
-def _complete(document: Mapping[str, JsonValue]) -> tuple[Document, DatasetFacts]:
-    """The submission laid over its preset, not yet validated."""
-    facts = _dataset(document)
-    preset = _preset(document, facts)
-    given: Document = dict(document) | {name: _named(document[name]) for name in _NAMED if name in document}
-    evaluations = given.pop("evaluate", None)
-    base = _quick(facts) if preset == "quick" else _paper(facts)
-    complete: Document = _overlay(_COMMON | base | {"preset": preset, "experiment": facts.name}, given)
-    evaluation = _quick_evaluation(facts) if preset == "quick" else _ncfm_evaluation(facts)
-    complete["evaluate"] = _evaluations(evaluations, evaluation, complete["model"])
-    method, search = complete["method"], complete["search"]
-    if isinstance(search, dict) and isinstance(method, dict):
-        complete["search"] = _SEARCH | {"steps": method.get("steps")} | search
-    return complete, facts
-
-
-def resolve(document: Mapping[str, JsonValue]) -> JobSpec:
-    """Fill in everything that a submission leaves out.
-
-    Resolving the document of a resolved spec gives that spec again.
-
-    Args:
-        document: the submission, as plain JSON values.
-
-    Raises:
-        SpecError: anything is unknown, out of bounds or does not fit together; it has one problem for each field.
-    """
-    if not isinstance(document, Mapping):
-        raise SpecError.of("", document, "a submission is an object", 'Try {"dataset": "digits", "ipc": 1}.')
-    if _depth(document) > MAX_DEPTH:
-        raise SpecError.of("", None, f"nested deeper than {MAX_DEPTH} levels", "A spec needs five.")
-    complete, facts = _complete(document)
-    try:
-        spec = JobSpec.model_validate_json(json.dumps(complete))
-    except ValidationError as error:
-        # A list with a bad entry is also reported as too short: only the entry is news.
-        details = error.errors(include_url=False)
-        cause = [each for each in details if each["type"] != "too_short" or len(details) == 1]
-        raise SpecError(*(_problem(each) for each in cause)) from None
-    _check_fit(spec, facts)
-    return spec
-
-
-def _check_fit(spec: JobSpec, facts: DatasetFacts) -> None:
-    """What no single field can know: that the parts fit the data set and each other."""
-    problems = []
-    if spec.ipc > facts.smallest_class:
-        problems.append(
-            Problem(
-                "ipc",
-                str(spec.ipc),
-                f"more images per class than the smallest class of {facts.name} has ({facts.smallest_class})",
-                f"Choose 1 to {facts.smallest_class}.",
-            )
-        )
-    models = {"model": spec.model} | {f"evaluate.{i}.model": entry.model for i, entry in enumerate(spec.evaluate)}
-    for where, model in models.items():
-        if facts.image_size >> model.depth < 1:
-            most = facts.image_size.bit_length() - 1
-            problems.append(
-                Problem(
-                    f"{where}.depth",
-                    str(model.depth),
-                    f"too deep for images of {facts.image_size} pixels",
-                    f"Choose at most {most}.",
-                )
-            )
-    problems.extend(_check_space(spec))
-    if problems:
-        raise SpecError(*problems)
-
-
-def _check_space(spec: JobSpec) -> list[Problem]:
-    """Every corner of the search space must be a legal method."""
-    problems = []
-    method = spec.method.model_dump(mode="json")
-    for name, entry in (spec.search.space if spec.search else {}).items():
-        where = f"search.space.{name}"
-        if name not in method or isinstance(method[name], dict) or name == "name":
-            fields = tuple(key for key, value in method.items() if not isinstance(value, dict) and key != "name")
-            problems.append(Problem(where, "", "not a field of method that can be searched", nearest(name, fields)))
-            continue
-        if isinstance(entry, tuple):
-            candidates = list(entry)
-        else:
-            low, high = next(iter(entry.model_dump().values()))
-            candidates = [low, high - 1 if isinstance(high, int) else high]
-        for candidate in candidates:
-            try:
-                type(spec.method).model_validate_json(json.dumps(method | {name: candidate}))
-            except ValidationError as error:
-                problems.append(Problem(where, shorten(candidate), error.errors()[0]["msg"], "Narrow the space."))
-    return problems
-
-
-def _depth(value: object) -> int:
-    """Levels of nesting, counted without recursion."""
-    deepest, level = 0, [value]
-    while level:
-        deepest += 1
-        if deepest > MAX_DEPTH:
-            break
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    return deepest
-
-
-def _problem(details: Any) -> Problem:
-    """A validation error of pydantic in our words."""
-    location = [
-        part for part in details["loc"] if isinstance(part, int) or (part.replace("_", "").isalpha() and part.islower())
-    ]
-    kind, context = details["type"], details.get("ctx", {})
-    if kind == "extra_forbidden":
-        # An unknown key may look like anything, also like the names of unions that are left out above.
-        key = str(details["loc"][-1])
-        parents = location[:-1] if location[-1:] == [key] else location
-        known = _fields_at(parents)
-        return Problem(
-            ".".join(map(str, [*parents, key])), "", "unknown key", nearest(key.lower(), known) if known else ""
-        )
-    path = ".".join(str(part) for part in location)
-    if kind == "missing":
-        return Problem(path, "", "required", "")
-    value = shorten(details["input"])
-    if kind == "literal_error":
-        expected = context.get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
-        return Problem(
-            path, value, "not one of the values it may have", nearest(str(details["input"]), tuple(expected))
-        )
-    if kind == "value_error":
-        return Problem(path, "", details["msg"].removeprefix("Value error, "), "")
-    message = details["msg"]
-    return Problem(path, value, message[0].lower() + message[1:], "")
-
-
-def _fields_at(location: list[str | int]) -> tuple[str, ...]:
-    """The legal keys of the object at a location in the spec."""
-    model: type[BaseModel] | None = JobSpec
-    for part in location:
-        if isinstance(part, int) or model is None:
-            continue
-        model = _model_in(model.model_fields[part].annotation) if part in model.model_fields else None
-    return tuple(model.model_fields) if model is not None else ()
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The first model inside an annotation: through Annotated, unions and tuples."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Annotated, Union, types.UnionType, tuple):
-        return next((found for inner in get_args(annotation) if (found := _model_in(inner))), None)
-    return None
-
-
-def submission_schema() -> dict[str, Any]:
-    """JSON Schema of a submission: that of the spec, where only `dataset` and `ipc` are required."""
-    schema = JobSpec.model_json_schema()
-    for part in (schema, *schema["$defs"].values()):
-        part.pop("required", None)
-    schema["required"] = ["dataset", "ipc"]
-    for name in _NAMED:
-        schema["properties"][name] = {"anyOf": [schema["properties"][name], {"type": "string"}]}
-    for name in ("Uniform", "LogUniform", "RandInt", "DatasetSpec"):
-        schema["$defs"][name]["required"] = list(schema["$defs"][name]["properties"])
-    schema["title"] = "Submission"
-    return schema
+"""Of a search; its `steps` are those of the method."""

@@ -1,6 +1,6 @@
 """The spec of a job: one frozen, fully resolved document. Torch-free.
 
-A `JobSpec` has no hidden defaults: `presets.resolve` fills in what a submission leaves out, once, when it is posted. Every number
+A `JobSpec` has no hidden defaults: `submission.resolve` fills in what is left out, once, when it is posted. Every number
 has bounds and is finite, and unknown keys are refused, so that a spec that validates is a spec that means something.
 """
 

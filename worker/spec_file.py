@@ -13,8 +13,8 @@ import yaml
 from pydantic import JsonValue
 
 from ncfm_core.errors import SpecError
-from ncfm_core.presets import resolve
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import resolve
 from worker.storage import Storage
 
 Document = dict[str, JsonValue]

@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import StreamingResponse
 
-from ncfm_core.presets import resolve
+from ncfm_core.submission import resolve
 from service.api.advice import warnings_for
 from service.api.context import JobDep, StorageDep, StoreDep
 from service.api.errors import InvalidParameter

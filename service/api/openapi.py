@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from ncfm_core.presets import submission_schema
+from ncfm_core.submission import submission_schema
 from service.api.errors import ProblemDocument
 from service.jobs import moves_table
 

@@ -20,7 +20,7 @@ import typer
 from pydantic import JsonValue
 
 from ncfm_core.errors import NcfmError
-from ncfm_core.presets import resolve
+from ncfm_core.submission import resolve
 from service.cli.jobs import AsJson, accuracy_table, follow
 from service.cli.terminal import as_json, messages, results
 from service.client import Client

@@ -9,8 +9,8 @@ import torch
 
 from ncfm_core.datasets import Dataset, load_dataset
 from ncfm_core.pools import TeacherPool, TeacherTraining
-from ncfm_core.presets import resolve
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import resolve
 
 CPU = torch.device("cpu")
 

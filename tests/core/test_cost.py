@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 from ncfm_core.cost import DAY_SECONDS, estimate, forward
-from ncfm_core.presets import resolve
+from ncfm_core.submission import resolve
 
 
 def seconds(gpus: float = 0, cpus: float = 2, **submission: Any) -> float:

@@ -11,8 +11,8 @@ from ncfm_core.datasets import Dataset
 from ncfm_core.distill import Distillation
 from ncfm_core.errors import CheckpointError
 from ncfm_core.pools import TeacherPool
-from ncfm_core.presets import resolve
 from ncfm_core.spec import JobSpec, NcfmSpec
+from ncfm_core.submission import resolve
 
 CPU = torch.device("cpu")
 

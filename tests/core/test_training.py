@@ -7,9 +7,9 @@ from ncfm_core.datasets import Dataset
 from ncfm_core.errors import CheckpointError
 from ncfm_core.models import build_model
 from ncfm_core.pools import TeacherPool, TeacherTraining
-from ncfm_core.presets import resolve
 from ncfm_core.rng import generator
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import resolve
 from ncfm_core.training import Training, learning_rate
 
 CPU = torch.device("cpu")

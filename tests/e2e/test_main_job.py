@@ -13,7 +13,7 @@ import httpx
 import pytest
 import safetensors.torch
 
-from ncfm_core.presets import resolve
+from ncfm_core.submission import resolve
 from service.client import Client
 from service.jobs import MOVES, State
 from service.local.state import StackState

@@ -7,8 +7,8 @@ import httpx
 import pytest
 from pydantic import JsonValue
 
-from ncfm_core.presets import resolve
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import resolve
 from service.jobs import Job, Progress, Reason, State, result_of
 from service.store import Sighting, Store
 from service.testing import FakeDriver

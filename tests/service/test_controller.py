@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import JsonValue
 
-from ncfm_core.presets import resolve
+from ncfm_core.submission import resolve
 from service.cluster import Capacity, ClusterUnreachable
 from service.controller import Controller
 from service.controller.decision import Policy

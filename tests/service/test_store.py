@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
-from ncfm_core.presets import resolve
+from ncfm_core.submission import resolve
 from service.database import StoreError
 from service.jobs import IllegalMove, Job, Progress, Reason, State, new_job_id
 from service.store import Sighting, Store

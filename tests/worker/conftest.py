@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ncfm_core.datasets import Dataset, load_dataset
-from ncfm_core.presets import resolve
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import resolve
 from worker.history import Event, Stage
 from worker.records import StageResult
 from worker.site import Site

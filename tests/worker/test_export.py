@@ -18,8 +18,8 @@ from torchvision.datasets import ImageFolder
 from ncfm_core.catalog import dataset_facts
 from ncfm_core.datasets import load_dataset
 from ncfm_core.errors import StorageError
-from ncfm_core.presets import resolve
 from ncfm_core.rng import generator
+from ncfm_core.submission import resolve
 from ncfm_core.synthetic import SyntheticSet, start
 from worker.export import class_folders, data_card, export_files, load_export
 from worker.recipe import training_script

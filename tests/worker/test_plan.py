@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ncfm_core.presets import resolve
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import resolve
 from worker.plan import STAGE_OF, STAGE_VERSIONS, Plan, plan
 
 DATA = "sha256:" + "0" * 64

@@ -9,8 +9,8 @@ import pytest
 from pydantic import JsonValue
 
 from ncfm_core.errors import SpecError
-from ncfm_core.presets import resolve
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import resolve
 from worker.spec_file import load_spec, read_document, with_changes
 from worker.storage import Storage
 

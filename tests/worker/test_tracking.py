@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ncfm_core.errors import TrackingError
-from ncfm_core.presets import resolve
+from ncfm_core.submission import resolve
 from worker.driver.live import RunIdentity
 from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _pictured_step, as_text, flatten
 

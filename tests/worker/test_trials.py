@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ncfm_core.presets import resolve
+from ncfm_core.submission import resolve
 from worker.plan import plan
 from worker.trials import SearchError, Trial, best_of, best_spec, read_trials, write_trial
 

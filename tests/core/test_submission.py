@@ -11,8 +11,8 @@ from pydantic.fields import FieldInfo
 from ncfm_core import spec as spec_module
 from ncfm_core.catalog import DATASETS
 from ncfm_core.errors import SpecError
-from ncfm_core.presets import resolve, submission_schema
 from ncfm_core.spec import JobSpec, NcfmSpec, Part
+from ncfm_core.submission import resolve, submission_schema
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
