@@ -23,7 +23,8 @@ from service.testing import FakeDriver, InMemoryCluster
 from worker.records import attempt_path, now, spec_path
 from worker.storage import Storage
 
-DOCUMENT: dict[str, JsonValue] = {"dataset": "digits", "ipc": 1}
+# Two of the cluster's two CPUs: one job fills it.
+DOCUMENT: dict[str, JsonValue] = {"dataset": "digits", "ipc": 1, "resources": {"cpus": 2}}
 SPEC = resolve(DOCUMENT).document()
 POLICY = Policy(max_running_jobs=4, max_infra_retries=2, first_backoff_s=0.0)
 
