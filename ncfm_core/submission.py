@@ -23,6 +23,20 @@ _NAMED = ("dataset", "method", "model")
 """Parts that may be given by their name alone."""
 MAX_DEPTH = 32
 """Deepest nesting of a submission."""
+HINTS = {
+    "greater_than_equal": "Choose {} or more.",
+    "greater_than": "Choose more than {}.",
+    "less_than_equal": "Choose {} or less.",
+    "less_than": "Choose less than {}.",
+    "finite_number": "Choose a finite number.",
+    "int_type": "Write a whole number without quotes, such as 1.",
+    "int_from_float": "Write a whole number, such as 1.",
+    "float_type": "Write a number without quotes, such as 0.01.",
+    "string_type": "Write text in quotes.",
+    "model_type": "Write an object of its fields.",
+    "tuple_type": "Write a list.",
+}
+"""The way out for what pydantic calls an error of that type; {} is the bound."""
 
 
 def _named(value: JsonValue) -> JsonValue:
@@ -189,7 +203,7 @@ def _problem(details: Any) -> Problem:
         )
     path = ".".join(str(part) for part in location)
     if kind == "missing":
-        return Problem(path, "", "required", "")
+        return Problem(path, "", "required", "Add it.")
     value = shorten(details["input"])
     if kind == "literal_error":
         expected = context.get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
@@ -198,8 +212,8 @@ def _problem(details: Any) -> Problem:
         )
     if kind == "value_error":
         return Problem(path, "", details["msg"].removeprefix("Value error, "), "")
-    message = details["msg"]
-    return Problem(path, value, message[0].lower() + message[1:], "")
+    message, limit = details["msg"], next(iter(context.values()), "")
+    return Problem(path, value, message[0].lower() + message[1:], HINTS.get(kind, "").format(limit))
 
 
 def _fields_at(location: list[str | int]) -> tuple[str, ...]:

@@ -146,6 +146,9 @@ def _show(job: Job, json: bool) -> None:
         as_json(job.model_dump(mode="json"))
         return
     table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    # Folded, never cut: an address must be whole where somebody copies it.
+    table.add_column(overflow="fold")
     table.add_row("id", job.id)
     table.add_row("job", job.title)
     table.add_row("state", f"{job.state} ({job.reason})" if job.reason else job.state)
