@@ -77,7 +77,7 @@ class NcfmSpec(Part):
     factor: Annotated[int, Field(ge=1, le=2)]
     """Multi-formation: each stored image decodes to factor x factor training images."""
     real_batch: BatchSize
-    """Real images per class and draw; a class with fewer is taken whole."""
+    """Real images per class and draw; no more than the smallest class has."""
     reuse: Annotated[int, Field(ge=1, le=1000)]
     """Image updates per draw of network, real batch, augmentation and frequencies."""
     sampler: Literal["scale_mixture", "gaussian"]

@@ -27,6 +27,7 @@ from pydantic import JsonValue
 from ncfm_core.errors import TrackingError
 from worker.driver.live import RunIdentity, TrialRecord
 from worker.history import Picture, Row
+from worker.settings import Surroundings
 
 PICTURE_KEY = "synthetic"
 MAX_VALUE_CHARS = 6000
@@ -47,7 +48,11 @@ class _Source(DatasetSource):
         return "ncfm"
 
     def load(self, **_: Any) -> Any:
-        raise NotImplementedError("use ncfm_core.datasets.load_dataset")
+        """The data set, read from where this process keeps its data (NCFM_DATA_DIR)."""
+        from ncfm_core.datasets import load_dataset  # brings torch, which the driver does without
+
+        surroundings = Surroundings()
+        return load_dataset(self._name, data_dir=surroundings.data_dir, allow_download=surroundings.allow_download)
 
     @staticmethod
     def _can_resolve(raw_source: Any) -> bool:
@@ -69,11 +74,11 @@ class _Data(MlflowDataset):
     """The inspected data set, as MLflow keeps it beside the run."""
 
     def __init__(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None:
-        self._facts = facts
-        super().__init__(_Source(name), name=name, digest=digest.removeprefix("sha256:")[:DIGEST_CHARS])
+        self._facts, self._given_digest = facts, digest.removeprefix("sha256:")[:DIGEST_CHARS]
+        super().__init__(_Source(name), name=name)
 
     def _compute_digest(self) -> str:
-        raise NotImplementedError("the digest is always given")
+        return self._given_digest
 
     def to_dict(self) -> dict[str, str]:
         return super().to_dict() | {"profile": json.dumps(self._facts)}

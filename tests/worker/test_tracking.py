@@ -7,7 +7,7 @@ import pytest
 from ncfm_core.errors import TrackingError
 from ncfm_core.submission import resolve
 from worker.driver.live import RunIdentity
-from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _pictured_step, as_text, flatten
+from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _Data, _pictured_step, as_text, flatten
 
 
 def test_spec_is_flattened_to_dotted_names() -> None:
@@ -42,3 +42,9 @@ def test_server_that_is_away_is_one_error(monkeypatch: pytest.MonkeyPatch) -> No
     identity = RunIdentity(job_id="J", experiment="digits", name="n", params={}, tags={})
     with pytest.raises(TrackingError, match="MLflow did not take it"):
         MlflowRun("http://127.0.0.1:1", "http://127.0.0.1:1", identity)
+
+
+def test_logged_data_set_can_be_loaded_again_and_keeps_its_digest() -> None:
+    data = _Data("digits", "sha256:" + "a" * 64, {"num_train": 1297})
+    assert data.digest == "a" * 32
+    assert data.source.load().train_images.shape == (1297, 1, 8, 8)
