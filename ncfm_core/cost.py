@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ncfm_core.catalog import dataset_facts
+from ncfm_core.geometry import convolutions, num_features
 from ncfm_core.spec import JobSpec, ModelSpec, TrainingSpec
 
 CPU_RATE = 40e9
@@ -62,10 +63,7 @@ def operations(spec: JobSpec) -> float:
 
 def forward(model: ModelSpec, image_size: int, channels: int) -> float:
     """Operations of one image going forward through the convolutions (two for a multiply and add)."""
-    size, total = image_size + (4 if image_size == 28 else 0), 0.0
-    for block in range(model.depth):
-        total += 2 * 9 * (channels if block == 0 else model.width) * model.width * (size >> block) ** 2
-    return total
+    return float(sum(each.operations for each in convolutions(model, image_size, channels)))
 
 
 def _training(model: ModelSpec, training: TrainingSpec, image_size: int, channels: int, images: int) -> float:
@@ -75,8 +73,7 @@ def _training(model: ModelSpec, training: TrainingSpec, image_size: int, channel
 def _step(spec: JobSpec) -> float:
     """One update of the images: the share of a draw, then matching and calibration of the decoded images."""
     facts, method, model = dataset_facts(spec.dataset.name), spec.method, spec.model
-    size = (facts.image_size + (4 if facts.image_size == 28 else 0)) >> model.depth
-    products = 2 * method.num_frequencies * model.width * size**2
+    products = 2 * method.num_frequencies * num_features(model, facts.image_size)
     image = forward(model, facts.image_size, facts.channels)
     decoded = facts.num_classes * spec.ipc * method.factor**2
     real = facts.num_classes * min(method.real_batch, facts.smallest_class)

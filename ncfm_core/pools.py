@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ncfm_core.datasets import Dataset
-from ncfm_core.models import ConvNet, build_model
+from ncfm_core.models import Network, build_model
 from ncfm_core.progress import Progress
 from ncfm_core.rng import generator
 from ncfm_core.spec import ModelSpec, TrainingSpec
@@ -117,38 +117,64 @@ class TeacherPool:
             teachers: what `TeacherTraining.result` gave, at least one.
             device: where to keep them.
         """
-        self.network: ConvNet = build_model(
+        self.network: Network = build_model(
             model, image_shape=dataset.image_shape, num_classes=dataset.num_classes, draw=generator(0, "unused")
         ).to(device)
-        self.network.requires_grad_(False)
+        _freeze(self.network)
         self.count = len(teachers)
-        self._initial, self._trained = (
-            {
-                name: torch.stack([part(teacher, f"{end}.")[name] for teacher in teachers]).to(device)
-                for name in self.network.state_dict()
-            }
-            for end in ("initial", "trained")
+        self._batch_statistics = model.batch_statistics
+        parameters, buffers = (
+            [name for name, _ in named] for named in (self.network.named_parameters(), self.network.named_buffers())
         )
 
+        def stacked(end: str, names: Sequence[str]) -> Weights:
+            ends = [part(teacher, f"{end}.") for teacher in teachers]
+            return {name: torch.stack([each[name] for each in ends]).to(device) for name in names}
+
+        self._initial = stacked("initial", parameters)
+        self._trained = stacked("trained", parameters)
+        self._buffers = stacked("trained", buffers)
+
     def draw(self, draw: torch.Generator) -> Extractors:
-        """A teacher, uniform, and the blend (1 - beta) initial + beta trained with beta ~ U(0, 1) (NCFM, section 3.3)."""
+        """A teacher, uniform, and the blend (1 - beta) initial + beta trained with beta ~ U(0, 1) (NCFM, section 3.3).
+
+        Blended are the parameters. Running statistics of batch norms are those of the trained end, for both.
+        """
         index = int(torch.randint(self.count, (), generator=draw))
         beta = float(torch.rand((), generator=draw))
+        buffers = {name: stack[index] for name, stack in self._buffers.items()}
         trained = {name: stack[index] for name, stack in self._trained.items()}
         match = {name: torch.lerp(stack[index], trained[name], beta) for name, stack in self._initial.items()}
-        return Extractors(match=match, calibrate=trained)
+        return Extractors(match=match | buffers, calibrate=trained | buffers)
 
     def features(self, weights: Weights, images: Tensor) -> Tensor:
         """Flat features of shape (N, num_features), each of length 1 (as the authors' code has it).
+
+        Batch norms take the statistics of these images, as they do while a network is trained (and as DM has it): all images
+        that are to be compared with each other have to be among them.
 
         Args:
             weights: of one network of this pool.
             images: normalised, shape (N, channels, H, W).
         """
+        self._mode(training=True)
         features: Tensor = torch.func.functional_call(self.network, weights, (images,), {"features_only": True})
         return torch.nn.functional.normalize(features, dim=1)
 
     def logits(self, weights: Weights, images: Tensor) -> Tensor:
-        """Logits of shape (N, classes)."""
+        """Logits of shape (N, classes); batch norms take the running statistics that came with the weights."""
+        self._mode(training=False)
         logits: Tensor = torch.func.functional_call(self.network, weights, (images,))
         return logits
+
+    def _mode(self, *, training: bool) -> None:
+        if self._batch_statistics:
+            self.network.train(training)
+
+
+def _freeze(network: Network) -> None:
+    """No gradients for the parameters, and no forward that moves running statistics: they belong to the teachers' files."""
+    network.requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.track_running_stats = False

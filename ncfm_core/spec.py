@@ -10,9 +10,10 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from ncfm_core.catalog import DatasetName, PresetName
+from ncfm_core.networks import NETWORKS, NetworkName, Norm
 
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Rate = Annotated[float, Field(gt=0, le=1000)]
@@ -37,17 +38,48 @@ class DatasetSpec(Part):
     """Name in the catalog."""
 
 
-class ModelSpec(Part):
-    """A network of the ConvNet family: depth blocks of conv 3x3, norm, ReLU and average pool, then one linear layer."""
+class UnfitError(ValueError):
+    """A value that is legal as such but not beside the fields before it; raised by validators."""
 
-    name: Literal["convnet"]
-    """Network family."""
-    depth: Annotated[int, Field(ge=1, le=6)]
-    """Blocks; each halves the map."""
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ModelSpec(Part):
+    """A network of the distillation literature (docs/networks.md)."""
+
+    name: NetworkName
+    """Which network."""
+    depth: Annotated[int, Field(ge=1, le=6)] | None
+    """Blocks of a convnet; each halves the map. Null for the others, whose depth is fixed."""
     width: Annotated[int, Field(ge=4, le=1024)]
-    """Channels of every block."""
-    norm: Literal["instance", "group", "none"]
-    """Normalisation inside a block; all three treat each image on its own."""
+    """Channels of every block of a convnet (128 in the literature), of the narrowest stage of the others (64 there)."""
+    norm: Norm
+    """Normalisation after every convolution; all but `batch` treat each image on its own."""
+
+    @field_validator("depth")
+    @classmethod
+    def _depth_is_the_convnets(cls, depth: int | None, info: ValidationInfo) -> int | None:
+        name = info.data.get("name", "convnet")
+        if name == "convnet" and depth is None:
+            raise UnfitError("a convnet needs its number of blocks", "Choose 1 to 6.")
+        if name != "convnet" and depth is not None:
+            raise UnfitError(f"{name} has a fixed depth", "Leave it out.")
+        return depth
+
+    @field_validator("norm")
+    @classmethod
+    def _network_has_the_norm(cls, norm: Norm, info: ValidationInfo) -> Norm:
+        facts = NETWORKS.get(info.data.get("name", ""))
+        if facts is not None and norm not in facts.norms:
+            raise UnfitError(f"{facts.name} does not come with this norm", f"Choose one of: {', '.join(facts.norms)}.")
+        return norm
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether images of one forward see each other: then all classes of a step have to go through together."""
+        return self.norm == "batch"
 
 
 class AugmentSpec(Part):

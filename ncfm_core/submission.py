@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, JsonValue, ValidationError
@@ -16,8 +17,10 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from ncfm_core import presets
 from ncfm_core.catalog import DATASETS, DatasetFacts, PresetName, dataset_facts, nearest
 from ncfm_core.errors import Problem, SpecError, shorten
+from ncfm_core.geometry import padded, smallest_image
+from ncfm_core.networks import NETWORKS
 from ncfm_core.presets import Document, overlay
-from ncfm_core.spec import JobSpec
+from ncfm_core.spec import JobSpec, ModelSpec, UnfitError
 
 _NAMED = ("dataset", "method", "model")
 """Parts that may be given by their name alone."""
@@ -63,7 +66,19 @@ def _preset(document: Mapping[str, JsonValue], facts: DatasetFacts) -> PresetNam
     return known[0]
 
 
-def _evaluations(given: JsonValue, default: Document, model: JsonValue) -> JsonValue:
+def _model(given: JsonValue, base: JsonValue, *, preset: PresetName, facts: DatasetFacts) -> JsonValue:
+    """Laid over the base where that is the same network, else over the defaults of the network that it names."""
+    given = _named(given)
+    name = given.get("name") if isinstance(given, dict) else None
+    if isinstance(name, str) and name in NETWORKS and isinstance(base, dict) and base.get("name") != name:
+        base = presets.network(NETWORKS[name].name, preset, facts)
+    model: JsonValue = overlay(base, given)
+    return model
+
+
+def _evaluations(
+    given: JsonValue, default: Document, model: JsonValue, fill: Callable[[JsonValue, JsonValue], JsonValue]
+) -> JsonValue:
     """Each entry laid over the preset's; one whose training was changed by hand is no longer that protocol."""
     default = default | {"model": model}
     if not isinstance(given, list):
@@ -71,7 +86,8 @@ def _evaluations(given: JsonValue, default: Document, model: JsonValue) -> JsonV
     entries: list[JsonValue] = []
     for entry in given:
         if isinstance(entry, dict):
-            entry = overlay(default, entry | ({"model": _named(entry["model"])} if "model" in entry else {}))
+            network = fill(entry["model"], model) if "model" in entry else model
+            entry = overlay(default, entry) | {"model": network}
             if entry["training"] != default["training"] and entry["protocol"] == default["protocol"]:
                 entry["protocol"] = "custom"
         entries.append(entry)
@@ -84,8 +100,11 @@ def _complete(document: Mapping[str, JsonValue]) -> tuple[Document, DatasetFacts
     name = _preset(document, facts)
     given: Document = dict(document) | {name: _named(document[name]) for name in _NAMED if name in document}
     evaluations = given.pop("evaluate", None)
-    complete: Document = overlay(presets.preset(name, facts), given)
-    complete["evaluate"] = _evaluations(evaluations, presets.evaluation(name, facts), complete["model"])
+    base, fill = presets.preset(name, facts), partial(_model, preset=name, facts=facts)
+    complete: Document = overlay(base, given)
+    if "model" in given:
+        complete["model"] = fill(given["model"], base["model"])
+    complete["evaluate"] = _evaluations(evaluations, presets.evaluation(name, facts), complete["model"], fill)
     method, search = complete["method"], complete["search"]
     if isinstance(search, dict) and isinstance(method, dict):
         complete["search"] = presets.SEARCH | {"steps": method.get("steps")} | search
@@ -133,19 +152,30 @@ def _check_fit(spec: JobSpec, facts: DatasetFacts) -> None:
         )
     models = {"model": spec.model} | {f"evaluate.{i}.model": entry.model for i, entry in enumerate(spec.evaluate)}
     for where, model in models.items():
-        if facts.image_size >> model.depth < 1:
-            most = facts.image_size.bit_length() - 1
-            problems.append(
-                Problem(
-                    f"{where}.depth",
-                    str(model.depth),
-                    f"too deep for images of {facts.image_size} pixels",
-                    f"Choose at most {most}.",
-                )
-            )
+        if padded(facts.image_size) < smallest_image(model):
+            problems.append(_too_small(where, model, facts.image_size))
     problems.extend(_check_space(spec))
     if problems:
         raise SpecError(*problems)
+
+
+def _too_small(where: str, model: ModelSpec, size: int) -> Problem:
+    """Which field of a network makes images of that size too small for it."""
+
+    def fits(**changes: Any) -> bool:
+        return smallest_image(model.model_copy(update=changes)) <= padded(size)
+
+    if model.depth is not None:
+        most = padded(size).bit_length() - 1
+        message = f"too deep for images of {size} pixels"
+        return Problem(f"{where}.depth", str(model.depth), message, f"Choose at most {most}.")
+    norms = [norm for norm in NETWORKS[model.name].norms if fits(norm=norm)]
+    if norms:
+        message = f"erases the last map of {model.name}, which is one pixel for images of {size} pixels"
+        return Problem(f"{where}.norm", repr(model.norm), message, f"Choose {' or '.join(norms)}.")
+    others = [name for name in NETWORKS if name != "convnet" and fits(name=name, norm="group")]
+    message = f"needs images of at least {smallest_image(model)} pixels, these have {size}"
+    return Problem(f"{where}.name", repr(model.name), message, f"Choose one of: {', '.join(['convnet', *others])}.")
 
 
 def _check_space(spec: JobSpec) -> list[Problem]:
@@ -211,6 +241,9 @@ def _problem(details: Any) -> Problem:
             path, value, "not one of the values it may have", nearest(str(details["input"]), tuple(expected))
         )
     if kind == "value_error":
+        unfit = context["error"]
+        if isinstance(unfit, UnfitError):
+            return Problem(path, "" if details["input"] is None else value, str(unfit), unfit.hint)
         return Problem(path, "", details["msg"].removeprefix("Value error, "), "")
     message, limit = details["msg"], next(iter(context.values()), "")
     return Problem(path, value, message[0].lower() + message[1:], HINTS.get(kind, "").format(limit))

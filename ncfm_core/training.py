@@ -137,11 +137,14 @@ def _optimizer(parameters: Iterable[nn.Parameter], spec: TrainingSpec) -> torch.
 
 @torch.no_grad()
 def accuracy(model: nn.Module, dataset: Dataset) -> float:
-    """Accuracy on the test images, in percent."""
+    """Accuracy on the test images, in percent, in evaluation mode; the model's own mode comes back afterwards."""
     right = torch.zeros((), dtype=torch.int64, device=dataset.device)
+    training = model.training
+    model.eval()
     for start in range(0, len(dataset.test_labels), TEST_BATCH):
         logits = model(dataset.normalise(dataset.test_images[start : start + TEST_BATCH]))
         right += (logits.argmax(1) == dataset.test_labels[start : start + TEST_BATCH]).sum()
+    model.train(training)
     return 100 * right.item() / len(dataset.test_labels)
 
 

@@ -1,5 +1,42 @@
-"""Networks: forward gives logits, features gives the flat embedding before the classifier."""
+"""Networks: forward gives logits, features the flat embedding before the classifier, maps what that is made of."""
 
-from ncfm_core.models.convnet import ConvNet, build_model
+from __future__ import annotations
 
-__all__ = ["ConvNet", "build_model"]
+import torch
+
+from ncfm_core.models.alexnet import AlexNet
+from ncfm_core.models.convnet import ConvNet
+from ncfm_core.models.network import Network, initialise
+from ncfm_core.models.resnet import ResNet18
+from ncfm_core.models.vgg import VGG11
+from ncfm_core.networks import NetworkName
+from ncfm_core.spec import ModelSpec
+
+__all__ = ["MODELS", "Network", "build_model"]
+
+MODELS: dict[NetworkName, type[AlexNet | ConvNet | ResNet18 | VGG11]] = {
+    "convnet": ConvNet,
+    "alexnet": AlexNet,
+    "vgg11": VGG11,
+    "resnet18": ResNet18,
+    "resnet18_ap": ResNet18,
+}
+
+
+def build_model(
+    spec: ModelSpec, *, image_shape: tuple[int, int, int], num_classes: int, draw: torch.Generator
+) -> Network:
+    """A freshly initialised network, on the CPU, in training mode.
+
+    Args:
+        spec: which network; `submission.resolve` has checked that images of this size are large enough for it.
+        image_shape: (channels, H, W) of the images, H = W.
+        num_classes: logits.
+        draw: all initial weights come from it, see `initialise`.
+    """
+    channels, image_size, _ = image_shape
+    with torch.device("meta"):
+        model = MODELS[spec.name](spec, channels=channels, image_size=image_size, num_classes=num_classes)
+    model.to_empty(device="cpu")
+    initialise(model, draw)
+    return model

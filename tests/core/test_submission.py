@@ -80,7 +80,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"dataset": "digits", "ipc": 1, "method": {"sampler": "gausian"}}, "method.sampler", "'gaussian'"),
     ({"dataset": "digits", "ipc": 1, "method": {"num_frequencies": 100}}, "method", "multiple of num_components"),
     ({"dataset": "digits", "ipc": 1, "model": {"depth": 4}}, "model.depth", "at most 3"),
-    ({"dataset": "digits", "ipc": 1, "model": "resnet"}, "model.name", "Known: convnet"),
+    ({"dataset": "digits", "ipc": 1, "model": "resnet"}, "model.name", "Did you mean 'resnet18'?"),
     ({"dataset": "digits", "ipc": 1, "preset": "paper"}, "preset", "preset: quick"),
     ({"dataset": "digits", "ipc": 1, "preset": []}, "preset", "unknown preset"),
     ({"dataset": "digits", "ipc": 1, "method": 3}, "method", "object"),
