@@ -77,6 +77,13 @@ class ModelSpec(Part):
         return norm
 
     @property
+    def label(self) -> str:
+        """For a person: `convnet-3, width 128`; the norm is named where it is not the literature's."""
+        depth = f"-{self.depth}" if self.depth else ""
+        norm = "" if self.norm == NETWORKS[self.name].norms[0] else f", norm {self.norm}"
+        return f"{self.name}{depth}, width {self.width}{norm}"
+
+    @property
     def batch_statistics(self) -> bool:
         """Whether images of one forward see each other: then all classes of a step have to go through together."""
         return self.norm == "batch"

@@ -77,7 +77,7 @@ class Evidence:
         """Lines of the accuracy table in the published card."""
         rows = []
         for entry, distilled, random_real in zip(spec.evaluate, self.evaluations, self.random_real, strict=True):
-            network = f"{entry.model.name}-{entry.model.depth}, width {entry.model.width}, protocol {entry.protocol}"
+            network = f"{entry.model.label}, protocol {entry.protocol}"
             rows.append(f"| this set ({network}) | {in_words(accuracy_in(distilled))} |")
             rows.append(f"| as many random real images ({network}) | {in_words(accuracy_in(random_real))} |")
         rows.append(f"| the full training set, under its own recipe | {in_words(accuracy_in(self.full_data))} |")

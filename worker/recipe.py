@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from math import gcd
-
 from ncfm_core.catalog import DatasetFacts
 from ncfm_core.spec import EvaluationSpec
+from worker.recipe_network import network_source
 
 SCRIPT = """\
 import math
@@ -33,13 +32,7 @@ def augment(x):  # brightness, saturation and contrast of each image; then the b
         theta[:, :, :2] = torch.stack(turn, 1).view(-1, 2, 2)
     return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
 
-def block(i, o, padding=1):
-    return [nn.Conv2d(i, o, 3, padding=padding), {norm}nn.ReLU(), nn.AvgPool2d(2)]
-
-layers = block({channels}, {width}, {padding}) + [layer for _ in range({depth} - 1) for layer in block({width}, {width})]
-model = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear({classes}))
-model(images[:1])
-optimizer = {optimizer}
+{network}optimizer = {optimizer}
 schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(epochs * at) for at in {milestones}], {gamma})
 for epoch in range(epochs):
     for chosen in torch.randperm(len(images)).split(batch_size):
@@ -48,7 +41,7 @@ for epoch in range(epochs):
         loss.backward()
         optimizer.step()
     schedule.step()
-# test it on pixels in [0, 1]: model((test_images - mean) / std).argmax(1)"""
+# test it on pixels in [0, 1]: model{evaluation}((test_images - mean) / std).argmax(1)"""
 
 OPTIMIZERS = {
     "adamw": "torch.optim.AdamW(model.parameters(), lr={lr}, weight_decay={decay})",
@@ -65,20 +58,15 @@ def training_script(facts: DatasetFacts, entry: EvaluationSpec) -> str:
         facts: the catalog's entry of the data.
         entry: the protocol and the student's network.
     """
-    training, model = entry.training, entry.model
-    norm = {"instance": "nn.GroupNorm(o, o), ", "group": f"nn.GroupNorm({gcd(model.width, 4)}, o), ", "none": ""}
+    training = entry.training
     return SCRIPT.format(
         mean=list(facts.mean),
         std=list(facts.std),
         epochs=training.epochs,
         batch_size=training.batch_size,
         flip="x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)\n    " if facts.flip else "",
-        norm=norm[model.norm],
-        channels=facts.channels,
-        width=model.width,
-        depth=model.depth,
-        padding=3 if facts.image_size == 28 else 1,
-        classes=facts.num_classes,
+        network=network_source(facts, entry.model),
+        evaluation=".eval()" if entry.model.batch_statistics else "",
         optimizer=OPTIMIZERS[training.optimizer].format(lr=training.lr, decay=training.weight_decay),
         milestones=list(training.milestones),
         gamma=training.gamma,

@@ -18,6 +18,8 @@ from torchvision.datasets import ImageFolder
 from ncfm_core.catalog import dataset_facts
 from ncfm_core.datasets import load_dataset
 from ncfm_core.errors import StorageError
+from ncfm_core.models import build_model
+from ncfm_core.networks import NETWORKS
 from ncfm_core.rng import generator
 from ncfm_core.submission import resolve
 from ncfm_core.synthetic import SyntheticSet, start
@@ -100,6 +102,28 @@ def test_training_snippet_builds_the_networks_of_the_data_set(dataset: str) -> N
     names: dict[str, Any] = {"torch": torch, "images": torch.rand(size), "labels": torch.arange(10)}
     exec(training_script(facts, entry), names)
     assert names["model"](names["images"]).shape == (10, 10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_training_snippet_builds_every_network(name: str, norm: str) -> None:
+    facts = dataset_facts("fashion-mnist")
+    evaluation: Any = {"model": {"name": name, "norm": norm, "width": 4}, "training": {"epochs": 1}}
+    entry = resolve({"dataset": "fashion-mnist", "ipc": 1, "evaluate": [evaluation]}).evaluate[0]
+    names: dict[str, Any] = {"torch": torch, "images": torch.rand(10, 1, 28, 28), "labels": torch.arange(10)}
+    exec(training_script(facts, entry), names)
+    ours = build_model(entry.model, image_shape=(1, 28, 28), num_classes=10, draw=generator(0, "init"))
+    # The same layers in the same order, up to the order of what a residual block holds.
+    theirs = names["model"]
+    sizes = sorted(tuple(each.shape) for each in ours.parameters())
+    assert sorted(tuple(each.shape) for each in theirs.parameters()) == sizes
+    if not name.startswith("resnet"):
+        order = [f"{part}.{i}." for i in range(8) for part in ("convs", "norms")] + ["classifier."]
+        state = ours.state_dict()
+        keys = [key for prefix in order for key in state if key.startswith(prefix)]
+        renamed = dict(zip(theirs.state_dict(), (state[key] for key in keys), strict=True))
+        theirs.load_state_dict(renamed)
+        torch.testing.assert_close(theirs.eval()(names["images"]), ours.eval()(names["images"]))
 
 
 def test_opens_as_image_folder(folder: Path, tmp_path: Path, synthetic: SyntheticSet) -> None:
