@@ -10,7 +10,7 @@ import torch
 from ncfm_core.datasets import Dataset
 from ncfm_core.distill import Distillation
 from ncfm_core.errors import CheckpointError
-from ncfm_core.pools import TeacherPool
+from ncfm_core.pools import TeacherPool, TeacherTraining
 from ncfm_core.spec import JobSpec, NcfmSpec
 from ncfm_core.submission import resolve
 
@@ -107,6 +107,39 @@ def test_every_variant_runs(digits: Dataset, pool: TeacherPool, spec: JobSpec, c
     for report in run.run(until=6):
         assert all(value == value for value in report.metrics.values())
     assert run.synthetic.images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"norm": "batch", "width": 8},
+        {"name": "resnet18", "width": 4},
+        {"name": "resnet18_ap", "width": 4, "norm": "batch"},
+        {"name": "alexnet", "width": 4},
+    ],
+    ids=str,
+)
+def test_every_network_distils(digits: Dataset, model: dict[str, Any]) -> None:
+    spec = resolve(
+        {
+            "dataset": "digits",
+            "ipc": 1,
+            "model": model,
+            "teachers": {"count": 1, "training": {"epochs": 1, "augment": {"policy": "none"}}},
+            "method": {"steps": 4, "reuse": 2, "num_frequencies": 64, "num_components": 8, "real_batch": 16},
+        }
+    )
+    teacher = TeacherTraining(digits, spec.model, spec.teachers.training, seed=0, index=0, device=CPU)
+    for _ in teacher.run():
+        pass
+    pool = TeacherPool(spec.model, digits, [teacher.result()], CPU)
+    run = distillation(digits, pool, spec.method)
+    before = run.synthetic.images.detach().clone()
+    buffers = {name: stack.clone() for name, stack in pool._buffers.items()}
+    for report in run.run():
+        assert all(value == value for value in report.metrics.values())
+    assert ((run.synthetic.images - before).abs().amax((1, 2, 3)) > 0).all()
+    assert all(torch.equal(stack, buffers[name]) for name, stack in pool._buffers.items())
 
 
 def test_state_of_another_distillation_is_refused(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:

@@ -57,6 +57,41 @@ def test_evaluation_takes_the_jobs_model_unless_it_names_its_own() -> None:
     assert [entry.model.width for entry in spec.evaluate] == [16, 64]
 
 
+@pytest.mark.parametrize(
+    ("dataset", "preset", "model", "expected"),
+    [
+        ("cifar10", "paper", "resnet18", ("resnet18", None, 64, "instance")),
+        ("cifar10", "quick", "resnet18", ("resnet18", None, 16, "instance")),
+        ("cifar10", "paper", {"name": "resnet18", "norm": "batch"}, ("resnet18", None, 64, "batch")),
+        ("cifar10", "paper", "resnet18_ap", ("resnet18_ap", None, 64, "instance")),
+        ("cifar10", "paper", "alexnet", ("alexnet", None, 64, "none")),
+        ("fashion-mnist", "quick", "vgg11", ("vgg11", None, 16, "instance")),
+        ("cifar10", "paper", {"name": "convnet", "depth": 4}, ("convnet", 4, 128, "instance")),
+        ("cifar10", "paper", {"depth": 4, "norm": "batch"}, ("convnet", 4, 128, "batch")),
+        ("cifar10", "paper", "convnet", ("convnet", 3, 128, "instance")),
+        ("fashion-mnist", "paper", {"depth": 5}, ("convnet", 5, 128, "instance")),
+        ("digits", "quick", "resnet18", ("resnet18", None, 16, "group")),
+        ("digits", "quick", "alexnet", ("alexnet", None, 16, "none")),
+    ],
+)
+def test_network_may_be_given_by_name_or_by_some_of_its_fields(
+    dataset: str, preset: str, model: Any, expected: tuple[Any, ...]
+) -> None:
+    spec = resolve({"dataset": dataset, "ipc": 1, "preset": preset, "model": model})
+    assert (spec.model.name, spec.model.depth, spec.model.width, spec.model.norm) == expected
+    assert spec.evaluate[0].model == spec.model
+    assert resolve(spec.document()) == spec
+
+
+def test_evaluation_on_another_network_takes_that_networks_defaults() -> None:
+    evaluate: Any = [{}, {"model": "alexnet"}, {"model": {"norm": "batch"}}, {"model": "convnet"}]
+    spec = resolve({"dataset": "cifar10", "ipc": 1, "model": {"width": 16}, "evaluate": evaluate})
+    labels = ["convnet-3, width 16", "alexnet, width 64", "convnet-3, width 16, norm batch", "convnet-3, width 16"]
+    assert [entry.model.label for entry in spec.evaluate] == labels
+    assert [entry.model.batch_statistics for entry in spec.evaluate] == [False, False, True, False]
+    assert resolve(spec.document()) == spec
+
+
 BAD: list[tuple[Any, str, str]] = [
     ({}, "dataset", "required"),
     ({"dataset": "digits"}, "ipc", "required"),
@@ -81,6 +116,22 @@ BAD: list[tuple[Any, str, str]] = [
     ({"dataset": "digits", "ipc": 1, "method": {"num_frequencies": 100}}, "method", "multiple of num_components"),
     ({"dataset": "digits", "ipc": 1, "model": {"depth": 4}}, "model.depth", "at most 3"),
     ({"dataset": "digits", "ipc": 1, "model": "resnet"}, "model.name", "Did you mean 'resnet18'?"),
+    ({"dataset": "digits", "ipc": 1, "model": "convnet4"}, "model.name", "Did you mean 'convnet'?"),
+    ({"dataset": "digits", "ipc": 1, "model": {"name": 3}}, "model.name", "Known: convnet"),
+    ({"dataset": "digits", "ipc": 1, "model": {"name": ["resnet18"]}}, "model.name", "Did you mean"),
+    ({"dataset": "digits", "ipc": 1, "model": {"name": "resnet18", "depth": 4}}, "model.depth", "Leave it out"),
+    ({"dataset": "digits", "ipc": 1, "model": {"depth": None}}, "model.depth", "Choose 1 to 6"),
+    ({"dataset": "digits", "ipc": 1, "model": {"depth": 7}}, "model.depth", "Choose 6 or less"),
+    ({"dataset": "digits", "ipc": 1, "model": {"name": "resnet18", "norm": "none"}}, "model.norm", "instance, group"),
+    ({"dataset": "digits", "ipc": 1, "model": {"norm": "layer"}}, "model.norm", "Known: instance"),
+    (
+        {"dataset": "digits", "ipc": 1, "model": {"name": "resnet18", "norm": "instance"}},
+        "model.norm",
+        "group or batch",
+    ),
+    ({"dataset": "digits", "ipc": 1, "model": "vgg11"}, "model.name", "at least 32 pixels"),
+    ({"dataset": "digits", "ipc": 1, "evaluate": [{"model": "vgg11"}]}, "evaluate.0.model.name", "convnet, alexnet"),
+    ({"dataset": "digits", "ipc": 1, "model": {"name": "alexnet", "witdh": 8}}, "model.witdh", "'width'"),
     ({"dataset": "digits", "ipc": 1, "preset": "paper"}, "preset", "preset: quick"),
     ({"dataset": "digits", "ipc": 1, "preset": []}, "preset", "unknown preset"),
     ({"dataset": "digits", "ipc": 1, "method": 3}, "method", "object"),

@@ -10,7 +10,7 @@ from ncfm_core.pools import TeacherPool, TeacherTraining
 from ncfm_core.rng import generator
 from ncfm_core.spec import JobSpec
 from ncfm_core.submission import resolve
-from ncfm_core.training import Training, learning_rate
+from ncfm_core.training import Training, accuracy, learning_rate
 
 CPU = torch.device("cpu")
 
@@ -39,6 +39,43 @@ def test_training_that_was_stopped_goes_on_with_the_same_bits(
         pass
     for left, right in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_training_of_a_batch_norm_network_goes_on_with_the_same_bits_and_buffers(
+    digits: Dataset, spec: JobSpec, stop: int
+) -> None:
+    batch = spec.model_copy(update={"model": spec.model.model_copy(update={"norm": "batch"})})
+    whole, first, second = (training(digits, batch) for _ in range(3))
+    for _ in whole.run():
+        pass
+    for _ in first.run(until=stop):
+        pass
+    accuracy(first.model, digits)
+    second.load_state(first.state())
+    for _ in second.run():
+        pass
+    expected, found = whole.model.state_dict(), second.model.state_dict()
+    assert expected["norms.0.num_batches_tracked"] == whole.total
+    assert expected["norms.0.num_batches_tracked"].dtype == torch.int64
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_accuracy_is_that_of_evaluation_mode_and_leaves_the_model_as_it_was(digits: Dataset, spec: JobSpec) -> None:
+    batch = spec.model_copy(update={"model": spec.model.model_copy(update={"norm": "batch"})})
+    run = training(digits, batch, epochs=3)
+    for _ in run.run():
+        pass
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    measured = accuracy(run.model, digits)
+    assert run.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+    run.model.eval()
+    right = (run.model(digits.normalise(digits.test_images)).argmax(1) == digits.test_labels).float().mean()
+    assert measured == pytest.approx(100 * right.item())
+    accuracy(run.model, digits)
+    assert not run.model.training
 
 
 def test_an_epoch_shows_every_image_once(digits: Dataset, spec: JobSpec) -> None:
@@ -112,3 +149,42 @@ def test_features_have_length_one(digits: Dataset, pool: TeacherPool) -> None:
     weights = pool.draw(generator(0, "draw")).match
     features = pool.features(weights, digits.normalise(digits.test_images[:5]))
     assert features.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+
+
+def batch_pool(digits: Dataset, spec: JobSpec) -> TeacherPool:
+    model = spec.model.model_copy(update={"norm": "batch"})
+    teachers = []
+    for index in range(2):
+        recipe = spec.teachers.training.model_copy(update={"epochs": 1})
+        teacher = TeacherTraining(digits, model, recipe, seed=0, index=index, device=CPU)
+        for _ in teacher.run():
+            pass
+        teachers.append(teacher.result())
+    return TeacherPool(model, digits, teachers, CPU)
+
+
+def test_pool_of_batch_norm_networks_keeps_its_running_statistics(digits: Dataset, spec: JobSpec) -> None:
+    pool = batch_pool(digits, spec)
+    before = {name: stack.clone() for name, stack in pool._buffers.items()}
+    extractors = pool.draw(generator(0, "draw"))
+    images = digits.normalise(digits.train_images[:20])
+    together, apart = pool.features(extractors.match, images), pool.features(extractors.match, images[:10])
+    assert not torch.allclose(together[:10], apart, atol=1e-4)
+    logits = pool.logits(extractors.calibrate, images)
+    torch.testing.assert_close(logits[:10], pool.logits(extractors.calibrate, images[:10]))
+    assert torch.equal(pool.features(extractors.match, images), together)
+    assert sorted(before) == sorted(name for name, _ in pool.network.named_buffers())
+    assert all(torch.equal(stack, before[name]) for name, stack in pool._buffers.items())
+
+
+def test_logits_of_a_pool_are_those_of_the_trained_network_in_evaluation_mode(digits: Dataset, spec: JobSpec) -> None:
+    pool, images = batch_pool(digits, spec), digits.normalise(digits.train_images[:20])
+    calibrate = pool.draw(generator(0, "draw")).calibrate
+    model = build_model(
+        spec.model.model_copy(update={"norm": "batch"}),
+        image_shape=digits.image_shape,
+        num_classes=10,
+        draw=generator(1, "init"),
+    )
+    model.load_state_dict(calibrate)
+    torch.testing.assert_close(pool.logits(calibrate, images), model.eval()(images))
