@@ -122,7 +122,7 @@ class TeacherPool:
         ).to(device)
         _freeze(self.network)
         self.count = len(teachers)
-        self._batch_statistics = model.batch_statistics
+        self.batch_statistics = model.batch_statistics
         parameters, buffers = (
             [name for name, _ in named] for named in (self.network.named_parameters(), self.network.named_buffers())
         )
@@ -168,7 +168,7 @@ class TeacherPool:
         return logits
 
     def _mode(self, *, training: bool) -> None:
-        if self._batch_statistics:
+        if self.batch_statistics:
             self.network.train(training)
 
 

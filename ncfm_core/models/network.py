@@ -64,8 +64,8 @@ class Network(nn.Module):
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
     """The norm after a convolution, with a weight and a bias for each channel.
 
-    Instance norm is the group norm of one channel a group, as in the literature: PyTorch's native kernel for it was the fastest
-    of seven ways to write it (docs/performance.md).
+    Instance norm is the group norm of one channel a group, as in the literature; of the sound ways to write it, PyTorch's native
+    group norm was the fastest on a CPU, with and without gradients (docs/performance.md).
     """
     if norm == "none":
         return nn.Identity()

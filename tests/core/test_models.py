@@ -262,5 +262,19 @@ def test_batch_norm_takes_batch_statistics_in_training_and_running_ones_in_evalu
     assert all(torch.equal(tensor, state[name]) for name, tensor in norm.state_dict().items())
 
 
+def test_compiler_traces_a_network_without_a_break() -> None:
+    model, images = build(model_spec("convnet")), random_images(2).requires_grad_(True)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+    def features(weights: dict[str, Tensor], images: Tensor) -> Tensor:
+        found: Tensor = functional_call(model, weights, (images,), {"features_only": True})
+        return found
+
+    compiled = torch.compile(features, backend="aot_eager", fullgraph=True)
+    for call in (features, compiled):
+        (gradient,) = torch.autograd.grad(call(state, images).square().sum(), images)
+        torch.testing.assert_close(gradient, torch.autograd.grad(model.features(images).square().sum(), images)[0])
+
+
 def test_table_of_models_is_that_of_the_networks() -> None:
     assert list(MODELS) == list(NETWORKS)
