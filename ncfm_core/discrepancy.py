@@ -1,11 +1,13 @@
-"""The characteristic-function gap of NCFM (arXiv 2502.20653, equations 4 to 6).
+"""How far apart two sets of features are: the characteristic-function gap of NCFM (arXiv 2502.20653, equations 4 to 6) and the
+mean gap of DM (arXiv 2110.04181, equation 5).
 
-Shapes: C classes, N images of a class, D features, K frequencies.
+Shapes: C classes, B classes of a block, N images of a class, D features, K frequencies.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +23,8 @@ class CharacteristicFunction:
     real: Tensor
     imaginary: Tensor
 
-    def detach(self) -> CharacteristicFunction:
-        return CharacteristicFunction(self.real.detach(), self.imaginary.detach())
+    def __getitem__(self, classes: slice) -> CharacteristicFunction:
+        return CharacteristicFunction(self.real[classes], self.imaginary[classes])
 
 
 def characteristic_function(features_CND: Tensor, frequencies_KD: Tensor) -> CharacteristicFunction:
@@ -34,6 +36,13 @@ def characteristic_function(features_CND: Tensor, frequencies_KD: Tensor) -> Cha
     """
     phases_CNK = features_CND.to(torch.float32) @ frequencies_KD.T
     return CharacteristicFunction(phases_CNK.cos().mean(1), phases_CNK.sin().mean(1))
+
+
+@torch.no_grad()
+def characteristic_function_by_class(features_CND: Tensor, frequencies_KD: Tensor) -> CharacteristicFunction:
+    """The same without gradient, a class at a time: the phases of a thousand images a class fit no cache together."""
+    each = [characteristic_function(features_CND[c : c + 1], frequencies_KD) for c in range(len(features_CND))]
+    return CharacteristicFunction(torch.cat([one.real for one in each]), torch.cat([one.imaginary for one in each]))
 
 
 def gap(real: CharacteristicFunction, synthetic: CharacteristicFunction, amplitude_weight: float) -> Tensor:
@@ -52,14 +61,57 @@ def gap(real: CharacteristicFunction, synthetic: CharacteristicFunction, amplitu
     Returns:
         Shape (C,), not negative, at most about sqrt(2).
     """
+    return squared_gap(real, synthetic, amplitude_weight).add(EPSILON).sqrt().mean(1)
+
+
+def squared_gap(real: CharacteristicFunction, synthetic: CharacteristicFunction, amplitude_weight: float) -> Tensor:
+    """What stands below the root in `gap`, at each frequency: shape (C, K), not negative."""
     if amplitude_weight == 0.5:
-        squared = 0.5 * ((real.real - synthetic.real).square() + (real.imaginary - synthetic.imaginary).square())
-        return (squared + EPSILON).sqrt().mean(1)
+        return 0.5 * ((real.real - synthetic.real).square() + (real.imaginary - synthetic.imaginary).square())
     real_amplitude, synthetic_amplitude = (
         (each.real.square() + each.imaginary.square() + EPSILON).sqrt() for each in (real, synthetic)
     )
     amplitude = (real_amplitude - synthetic_amplitude).square()
     inner = real.real * synthetic.real + real.imaginary * synthetic.imaginary
     phase = 2 * (real_amplitude * synthetic_amplitude - inner)
-    squared = amplitude_weight * amplitude + (1 - amplitude_weight) * phase
-    return (squared.clamp_min(0) + EPSILON).sqrt().mean(1)
+    return (amplitude_weight * amplitude + (1 - amplitude_weight) * phase).clamp_min(0)
+
+
+def mean_gap(real_mean_CD: Tensor, synthetic_CND: Tensor) -> Tensor:
+    """Squared distance of the class means (DM's term).
+
+    Args:
+        real_mean_CD: mean features of the real images, shape (C, D).
+        synthetic_CND: shape (C, N, D).
+
+    Returns:
+        Shape (C,), not negative.
+    """
+    return (real_mean_CD - synthetic_CND.mean(1)).square().sum(1)
+
+
+class Target(Protocol):
+    """The real side of a discrepancy, computed once for all image updates of a draw."""
+
+    def gaps(self, synthetic_BND: Tensor, classes: slice) -> Tensor:
+        """The discrepancy of each class of a block, shape (B,), differentiable in the synthetic features."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CharacteristicTarget:
+    real: CharacteristicFunction
+    frequencies_KD: Tensor
+    amplitude_weight: float
+
+    def gaps(self, synthetic_BND: Tensor, classes: slice) -> Tensor:
+        synthetic = characteristic_function(synthetic_BND, self.frequencies_KD)
+        return gap(self.real[classes], synthetic, self.amplitude_weight)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanTarget:
+    real_mean_CD: Tensor
+
+    def gaps(self, synthetic_BND: Tensor, classes: slice) -> Tensor:
+        return mean_gap(self.real_mean_CD[classes], synthetic_BND)

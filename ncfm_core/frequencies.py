@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ncfm_core.discrepancy import CharacteristicFunction, characteristic_function, gap
+from ncfm_core.discrepancy import characteristic_function, gap
 from ncfm_core.training import load_optimizer_state, optimizer_state, part
 
 
@@ -95,31 +95,37 @@ class ScaleMixture:
     def ascend(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
         """Adam steps up the class mean of the gap, both sides' features held.
 
-        The gradient is asked for psi alone (`autograd.grad`), so that neither player's leaks into the other's.
+        The gradient is asked for psi alone (`autograd.grad`), so that neither player's leaks into the other's, and gathered class
+        by class, since the phases of all classes would take more memory than the rest of the step.
 
         Args:
             normal_KD: the draw that the images will meet too.
             real_CND: real features, without gradient.
             synthetic_CND: synthetic features, without gradient.
         """
-        if self.ascent_steps == 0:
-            return normal_KD.new_zeros(())
-        before = self._mean_gap(normal_KD, real_CND, synthetic_CND)
-        reached = before
+        rise = normal_KD.new_zeros(())
         for _ in range(self.ascent_steps):
-            (gradient,) = torch.autograd.grad(reached, self.log_scales)
+            frequencies_KD = self.frequencies(normal_KD)
+            gradient_KD = self._gradient(frequencies_KD.detach(), real_CND, synthetic_CND)
+            (gradient,) = torch.autograd.grad(frequencies_KD, self.log_scales, gradient_KD)
             self.log_scales.grad = -gradient
             self._optimizer.step()
-            reached = self._mean_gap(normal_KD, real_CND, synthetic_CND)
+            with torch.no_grad():
+                # To first order: the gap itself would cost another pass over all real features.
+                rise += (gradient_KD * (self.frequencies(normal_KD) - frequencies_KD)).sum()
         self.log_scales.grad = None
-        return (reached - before).detach()
+        return rise
 
-    def _mean_gap(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
-        frequencies_KD = self.frequencies(normal_KD)
-        sides: list[CharacteristicFunction] = [
-            characteristic_function(features.detach(), frequencies_KD) for features in (real_CND, synthetic_CND)
-        ]
-        return gap(sides[0], sides[1], self.amplitude_weight).mean()
+    def _gradient(self, frequencies_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
+        """Of the class mean of the gap, with respect to the frequencies."""
+        frequencies_KD.requires_grad_(True)
+        gradient_KD = torch.zeros_like(frequencies_KD)
+        for label in range(len(real_CND)):
+            one = slice(label, label + 1)
+            sides = [characteristic_function(each[one], frequencies_KD) for each in (real_CND, synthetic_CND)]
+            value = gap(sides[0], sides[1], self.amplitude_weight).sum() / len(real_CND)
+            gradient_KD += torch.autograd.grad(value, frequencies_KD)[0]
+        return gradient_KD
 
     def state(self) -> dict[str, Tensor]:
         optimizer = {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self._optimizer).items()}

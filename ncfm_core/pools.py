@@ -122,6 +122,7 @@ class TeacherPool:
         ).to(device)
         self.network.requires_grad_(False)
         self.count = len(teachers)
+        self.batch_statistics = False
         self._initial, self._trained = (
             {
                 name: torch.stack([part(teacher, f"{end}.")[name] for teacher in teachers]).to(device)

@@ -83,7 +83,9 @@ def _paper(facts: DatasetFacts) -> Document:
             "init": "tiled",
             "factor": 2,
             "real_batch": 1024,
+            "real_sampling": "random",
             "reuse": 1,
+            "discrepancy": "characteristic",
             "sampler": "scale_mixture",
             "num_frequencies": 1024,
             "num_components": 64,
@@ -146,7 +148,7 @@ def _quick(facts: DatasetFacts) -> Document:
         "teachers": {"count": 3, "training": {"epochs": 20 if small else 8, "lr": 0.02}},
         "full_data": {"students": 2, "training": {"epochs": 30 if small else 10, "lr": 0.02}},
         # Networks this small gain little from a second thread; two stages at once gain more.
-        "resources": {"gpus": "auto", "cpus": 1 if small else 2},
+        "resources": {"gpus": "auto", "cpus": 1 if small else 2, "memory_limit": None},
     }
     merged: Document = overlay(_paper(facts), quick)
     return merged
@@ -154,7 +156,7 @@ def _quick(facts: DatasetFacts) -> Document:
 
 _COMMON: Document = {
     "search": None,
-    "resources": {"gpus": "auto", "cpus": 2},
+    "resources": {"gpus": "auto", "cpus": 2, "memory_limit": None},
     "checkpoint": {"every_steps": 500, "every_seconds": 30.0},
     "seed": 0,
 }

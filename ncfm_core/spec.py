@@ -70,16 +70,20 @@ class NcfmSpec(Part):
     """Step size of AdamW on the images, whose pixels lie in [0, 1]."""
     image_weight_decay: Fraction
     """Decoupled weight decay of the images."""
-    schedule: Literal["constant", "cosine"]
-    """Of the image rate over `steps`; cosine ends at zero."""
+    schedule: Literal["constant", "cosine", "plateau"]
+    """Of the image rate over `steps`; cosine ends at zero, plateau halves it when the loss has not fallen for 500 steps."""
     init: Literal["noise", "real", "tiled"]
     """Images at step 0; `tiled` puts one shrunk real image into each tile."""
     factor: Annotated[int, Field(ge=1, le=2)]
     """Multi-formation: each stored image decodes to factor x factor training images."""
     real_batch: BatchSize
     """Real images per class and draw; no more than the smallest class has."""
+    real_sampling: Literal["random", "prefix"]
+    """`random` draws over the whole class; `prefix` always takes its first images, as the authors' code does."""
     reuse: Annotated[int, Field(ge=1, le=1000)]
     """Image updates per draw of network, real batch, augmentation and frequencies."""
+    discrepancy: Literal["characteristic", "mean"]
+    """What is matched: the characteristic-function gap, or the squared distance of the class means (DM's term)."""
     sampler: Literal["scale_mixture", "gaussian"]
     """Where frequencies come from; `scale_mixture` is the learned psi of the minmax."""
     num_frequencies: Annotated[int, Field(ge=1, le=65_536)]
@@ -95,7 +99,7 @@ class NcfmSpec(Part):
     amplitude_weight: Fraction
     """alpha: weight of the amplitude; the phase has 1 - alpha."""
     discrepancy_weight: Weight
-    """Weight of the characteristic-function gap."""
+    """Weight of the discrepancy."""
     calibration_weight: Weight
     """Weight of the cross-entropy of the images under the trained network."""
     augment: AugmentSpec
@@ -177,6 +181,8 @@ class ResourcesSpec(Part):
     """`auto`: one where the cluster has any, else none."""
     cpus: Annotated[int, Field(ge=1, le=1024)]
     """CPUs, which are also the threads of a stage."""
+    memory_limit: Annotated[int, Field(ge=16, le=1_000_000)] | None
+    """MiB that the activations of a distillation step may take; null for what is fast on the device."""
 
 
 class CheckpointSpec(Part):

@@ -65,7 +65,7 @@ def test_gap_gradient_is_right(alpha: float) -> None:
 def test_gap_of_equal_sides_is_zero_with_a_finite_gradient(alpha: float) -> None:
     same = features("real", 6).float().requires_grad_(True)
     function = characteristic_function(same, FREQUENCIES.float())
-    value = gap(function.detach(), function, alpha)
+    value = gap(CharacteristicFunction(function.real.detach(), function.imaginary.detach()), function, alpha)
     assert value.max() <= 2 * math.sqrt(EPSILON) + 1e-3
     (gradient,) = torch.autograd.grad(value.sum(), same)
     assert gradient.isfinite().all()
