@@ -14,6 +14,8 @@ from torch import Tensor
 
 EPSILON = 1e-12
 """Inside every square root: its gradient at zero would be NaN."""
+VARIANCE_FLOOR = 1e-6
+"""Added to a variance that is divided by: at tiny frequencies both sides are exactly 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,38 @@ def gap(real: CharacteristicFunction, synthetic: CharacteristicFunction, amplitu
         Shape (C,), not negative, at most about sqrt(2).
     """
     return squared_gap(real, synthetic, amplitude_weight).add(EPSILON).sqrt().mean(1)
+
+
+def power(
+    real: CharacteristicFunction,
+    synthetic: CharacteristicFunction,
+    amplitude_weight: float,
+    *,
+    num_real: int,
+    num_synthetic: int,
+) -> Tensor:
+    """The gap over its sampling error: what a frequency says about the difference, not how large it looks.
+
+    At each frequency the squared gap is divided by the variance (1 - |R|^2) / n + (1 - |S|^2) / m that both empirical
+    characteristic functions have from sampling alone; the power of a two-sample test grows with it (arXiv 1605.06796,
+    arXiv 1611.04488).
+
+    Args:
+        real: of shape (C, K).
+        synthetic: likewise.
+        amplitude_weight: as in `gap`.
+        num_real: n, images behind each value of `real`.
+        num_synthetic: m, likewise of `synthetic`.
+
+    Returns:
+        Shape (C,), mean over frequencies of the root of the ratio.
+    """
+    variance = sum(
+        (1 - each.real.square() - each.imaginary.square()).clamp_min(0) / number
+        for each, number in ((real, num_real), (synthetic, num_synthetic))
+    )
+    ratio = squared_gap(real, synthetic, amplitude_weight) / (variance + VARIANCE_FLOOR)
+    return ratio.add(EPSILON).sqrt().mean(1)
 
 
 def squared_gap(real: CharacteristicFunction, synthetic: CharacteristicFunction, amplitude_weight: float) -> Tensor:

@@ -8,7 +8,7 @@ and step, so a state saved between any two steps goes on with the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -33,7 +33,7 @@ from ncfm_core.progress import Progress
 from ncfm_core.rng import generator
 from ncfm_core.schedule import Schedule
 from ncfm_core.spec import NcfmSpec
-from ncfm_core.synthetic import decode, start
+from ncfm_core.synthetic import SyntheticSet, decode, start
 from ncfm_core.training import load_optimizer_state, optimizer_state, part
 
 REPORT_EVERY = 25
@@ -285,6 +285,14 @@ class Distillation:
     def _by_class(self, features: Tensor) -> Tensor:
         return features.view(self._dataset.num_classes, -1, features.shape[1])
 
+    def result(self) -> SyntheticSet:
+        """The set as it is now, with soft labels where the method asks for them."""
+        synthetic = replace(self.synthetic, images=self.synthetic.images.detach())
+        if self._method.labels == "hard":
+            return synthetic
+        images, _ = synthetic.decode()
+        return replace(synthetic, soft_labels=self._pool.label(self._dataset.normalise(images)))
+
     def state(self) -> dict[str, Tensor]:
         """Images, optimiser, psi, schedule, step and execution as flat tensors on the CPU."""
         state = {"images": self.synthetic.images.detach(), "step": torch.tensor(self.step)}
@@ -329,6 +337,7 @@ def _sampler(method: NcfmSpec, num_features: int, device: torch.device) -> Frequ
         frequency_scale=method.frequency_scale,
         lr=method.sampler_lr,
         ascent_steps=method.sampler_steps,
+        objective=method.sampler_objective,
         amplitude_weight=method.amplitude_weight,
         device=device,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from ncfm_core.spec import ModelSpec, TrainingSpec
 from ncfm_core.training import Training, accuracy, part
 
 Weights = dict[str, Tensor]
+LABEL_BATCH = 256
+"""Images labelled at once."""
 
 
 class TeacherTraining:
@@ -153,3 +156,22 @@ class TeacherPool:
         """Logits of shape (N, classes)."""
         logits: Tensor = torch.func.functional_call(self.network, weights, (images,))
         return logits
+
+    @torch.no_grad()
+    def label(self, images: Tensor) -> Tensor:
+        """Soft labels: the logarithm of the mean probability that the trained teachers give each class.
+
+        Args:
+            images: normalised and not augmented, shape (N, channels, H, W).
+
+        Returns:
+            Logits, float32 of shape (N, classes).
+        """
+        pieces = []
+        for piece in images.split(LABEL_BATCH):
+            each = [
+                self.logits({name: stack[index] for name, stack in self._trained.items()}, piece).log_softmax(1)
+                for index in range(self.count)
+            ]
+            pieces.append(torch.stack(each).logsumexp(0) - math.log(self.count))
+        return torch.cat(pieces)

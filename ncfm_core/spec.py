@@ -96,6 +96,8 @@ class NcfmSpec(Part):
     """Step size of Adam on psi's log-scales."""
     sampler_steps: Annotated[int, Field(ge=0, le=100)]
     """Ascent steps of psi per draw; 0 leaves it where it started."""
+    sampler_objective: Literal["gap", "power"]
+    """What psi raises: the gap itself, or the gap over its sampling error."""
     amplitude_weight: Fraction
     """alpha: weight of the amplitude; the phase has 1 - alpha."""
     discrepancy_weight: Weight
@@ -104,6 +106,8 @@ class NcfmSpec(Part):
     """Weight of the cross-entropy of the images under the trained network."""
     augment: AugmentSpec
     """Shared by real and synthetic images of a draw."""
+    labels: Literal["hard", "soft"]
+    """`soft` stores the teachers' logits for every decoded image beside the hard labels."""
     precision: Literal["float32", "bfloat16"]
     """Of the real features, which need no gradient."""
 

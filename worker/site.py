@@ -17,6 +17,8 @@ class Site:
     storage_url: str
     device: str
     threads: int
+    memory_limit: int | None = None
+    """MiB for the activations of a distillation step; None for what is fast on the device."""
     checkpoint: CheckpointSpec
     code_version: str
 

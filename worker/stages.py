@@ -117,7 +117,8 @@ def distill(
     """The synthetic set: `images.safetensors`, with grids along the way."""
     building, device = Building(site, storage, "distill", key), torch.device(site.device)
     pool = read_pool(storage, teachers, model=model, dataset=dataset, device=device)
-    task = Distillation(dataset, pool, method, ipc=ipc, seed=seed, device=device)
+    limit = None if site.memory_limit is None else site.memory_limit << 20
+    task = Distillation(dataset, pool, method, ipc=ipc, seed=seed, device=device, memory_limit=limit)
     checkpoints = building.checkpoints()
     pictures: tuple[Picture, ...] = ()
     if saved := checkpoints.newest():
@@ -125,6 +126,7 @@ def distill(
         building.history, pictures = saved.history, saved.pictures
         task.load_state(saved.state)
         yield Notice(f"the distillation goes on from step {saved.step}")
+    yield Notice(f"the distillation runs {task.execution}")
     first_step, started = task.step, time.monotonic()
     pictured = sorted({round(share * task.total) for share in PICTURED})
     while True:
@@ -145,7 +147,7 @@ def distill(
         "images_per_second": (task.total - first_step) * len(task.synthetic.labels) / seconds,
     }
     files = {picture.name: picture.png for picture in pictures}
-    files[IMAGES_FILE] = safetensors.torch.save(to_state(task.synthetic))
+    files[IMAGES_FILE] = safetensors.torch.save(to_state(task.result()))
     result = building.commit(files, {"steps": task.total, **_last(building.history), **rates})
     checkpoints.clear()
     return result

@@ -92,6 +92,7 @@ class Attempt:
             storage_url=self._storage.url,
             device=demand.device,
             threads=demand.cpus,
+            memory_limit=self._job.spec.resources.memory_limit,
             checkpoint=self._job.spec.checkpoint,
             code_version=code_version(),
         )
