@@ -36,7 +36,7 @@ def characteristic_function(features_CND: Tensor, frequencies_KD: Tensor) -> Cha
         features_CND: shape (C, N, D).
         frequencies_KD: shape (K, D), shared by the classes: <t, f> is one product.
     """
-    phases_CNK = features_CND.to(torch.float32) @ frequencies_KD.T
+    phases_CNK = features_CND.to(frequencies_KD.dtype) @ frequencies_KD.T
     return CharacteristicFunction(phases_CNK.cos().mean(1), phases_CNK.sin().mean(1))
 
 
