@@ -178,7 +178,7 @@ class Distillation:
         low = self._method.precision == "bfloat16"
         features = []
         for part_of in chosen.split(chunk):
-            images = augmentation(self._dataset.normalise(self._dataset.train_images[part_of]))
+            images = augmentation(self._dataset.normalise(self._dataset.take(part_of)))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                 features.append(self._pool.features(extractors.match, images).to(torch.float32))
         return self._by_class(torch.cat(features))

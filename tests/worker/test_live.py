@@ -98,7 +98,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_arrive_while_the_job_runs() -> None:
     run, opened = MemoryRun(), []
     tracker = Tracker(run.connect, on_open=lambda run_id, url: opened.append((run_id, url)))
-    tracker.describe_data("digits", "sha256:0", {})
+    tracker.describe_data(DatasetSpec(name="digits"), "sha256:0", {})
     tracker.offer_row("distill/", row(1))
     tracker.offer_picture(Picture(0, b"a"))
     tracker.offer_tags({"ncfm.stage": "distill"})
