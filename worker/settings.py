@@ -45,7 +45,7 @@ class Surroundings(BaseSettings):
     allow_download: bool = False
     """Whether a data set that is missing may be downloaded."""
     cache_dir: AbsolutePath | None = None
-    """Converted images of data sets larger than `data_memory_gib`; nothing for `converted` below `data_dir`. Every node reads it."""
+    """Where images of data sets larger than `data_memory_gib` go, readable on every node; else `converted` below `data_dir`."""
     data_memory_gib: Annotated[float, Field(gt=0, le=4096)] = 4.0
     """Images of a data set that take more than this stay in a file, in each task."""
 

@@ -43,9 +43,7 @@ FULL_DATA_TESTS = 5
 """Looks at the test set along a full-data training."""
 
 
-def inspect(
-    spec: DatasetSpec, access: DataAccess, *, held_out: tuple[float, int] | None
-) -> tuple[DataFacts, Dataset]:
+def inspect(spec: DatasetSpec, access: DataAccess, *, held_out: tuple[float, int] | None) -> tuple[DataFacts, Dataset]:
     """Load the data and say what it is.
 
     Args:

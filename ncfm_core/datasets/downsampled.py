@@ -102,10 +102,10 @@ class _Batch:
 
     def _read(self, *names: str) -> list[Any]:
         try:
-            if self._path.suffix == ".npz":
-                with np.load(self._path, allow_pickle=False) as archive:
-                    return [archive[name] for name in names]
             with self._path.open("rb") as file:
+                if self._path.suffix == ".npz":
+                    archive = np.load(file, allow_pickle=False)
+                    return [archive[name] for name in names]
                 document = _ArraysOnly(file, encoding="latin1").load()
                 return [document[name] for name in names]
         except (*_DAMAGED, pickle.UnpicklingError, zipfile.BadZipFile) as error:

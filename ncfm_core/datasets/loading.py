@@ -118,7 +118,7 @@ def _dataset(
         std=std,
         split=split,
         ignored_files=ignored_files,
-        identity="" if facts.mean else identity(facts.name, class_names),
+        identity="" if facts.class_names else identity(facts.name, class_names),
         train_file=converted.train_file,
         test_file=converted.test_file,
     )

@@ -144,6 +144,9 @@ class Tar:
                 while (member := archive.next()) is not None:
                     yield member, archive
                     cast(Any, archive).members.clear()
+                # A header that is cut or damaged reads like the end: only there two blocks of zeros are.
+                if archive.fileobj is None or archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("it is damaged or ends too early")
         except _DAMAGED as error:
             raise _damaged(self.where, error) from None
 

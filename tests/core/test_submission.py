@@ -14,7 +14,6 @@ from ncfm_core.errors import SpecError
 from ncfm_core.spec import JobSpec, NcfmSpec, Part
 from ncfm_core.submission import check_counts, resolve, submission_schema
 
-
 FOLDER: dict[str, Any] = {"name": "imagefolder", "uri": "/data/birds.tar.gz", "image_size": 64}
 
 

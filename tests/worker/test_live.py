@@ -10,6 +10,7 @@ import pytest
 from pydantic import JsonValue
 
 from ncfm_core.errors import TrackingError
+from ncfm_core.spec import DatasetSpec
 from worker.driver import live
 from worker.driver.live import Rows, Story, Tracker, TrialRecord
 from worker.history import Picture, Row
@@ -39,9 +40,9 @@ class MemoryRun:
         if self.away.is_set():
             raise TrackingError.of("mlflow_url", "memory://", "away", "")
 
-    def log_data(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None:
+    def log_data(self, dataset: DatasetSpec, digest: str, facts: Mapping[str, JsonValue]) -> None:
         self._ask()
-        self.data.append(name)
+        self.data.append(dataset.name)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._ask()
