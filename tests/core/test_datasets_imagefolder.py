@@ -155,7 +155,7 @@ def test_statistics_are_those_of_the_training_pixels(tmp_path: Path) -> None:
 
 
 def pixel(data: bytes) -> list[int]:
-    return decode(data, "x", SIZE)[:, SIZE // 2, SIZE // 2].tolist()
+    return [int(value) for value in decode(data, "x", SIZE)[:, SIZE // 2, SIZE // 2]]
 
 
 def test_every_kind_of_colour_becomes_rgb() -> None:
