@@ -46,7 +46,7 @@ class Surroundings(BaseSettings):
     """Whether a data set that is missing may be downloaded."""
     cache_dir: AbsolutePath | None = None
     """Where images of data sets larger than `data_memory_gib` go, readable on every node; else `converted` below `data_dir`."""
-    data_memory_gib: Annotated[float, Field(gt=0, le=4096)] = 4.0
+    data_memory_gib: Annotated[float, Field(gt=0, le=4096)] = 2.0
     """Images of a data set that take more than this stay in a file, in each task."""
 
     @property

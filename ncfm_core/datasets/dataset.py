@@ -49,7 +49,7 @@ class Images:
         if self.rows is not None:
             chosen = self.rows[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
         if isinstance(chosen, Tensor):
-            chosen = chosen.to(self.pixels.device)
+            return self.pixels.index_select(0, chosen.to(self.pixels.device)).to(self.device)
         return self.pixels[chosen].to(self.device)
 
 

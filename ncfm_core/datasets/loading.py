@@ -21,7 +21,7 @@ from ncfm_core.datasets.trees import list_imagenet, list_tiny_imagenet, missing
 from ncfm_core.errors import DatasetError, Problem, SpecError
 from ncfm_core.spec import DatasetSpec
 
-DEFAULT_MEMORY_BYTES = 4 << 30
+DEFAULT_MEMORY_BYTES = 2 << 30
 """Larger sets stay in a file."""
 _TORCHVISION = {
     "mnist": "MNIST",
