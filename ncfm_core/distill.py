@@ -277,7 +277,7 @@ class Distillation:
         low = self._method.precision == "bfloat16"
         features = []
         for piece in even_chunks(chosen.flatten().to(device), self.execution.chunk):
-            images = augmentation(self._dataset.normalise(self._dataset.train_images[piece]))
+            images = augmentation(self._dataset.normalise(self._dataset.take(piece)))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                 features.append(self._features_forward(extractors.match, images).to(torch.float32))
         return self._by_class(torch.cat(features))

@@ -54,7 +54,7 @@ class TeacherTraining:
         self._initial = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         self._training = Training(
             network.to(device),
-            self._dataset.train_images,
+            self._dataset.train,
             self._dataset.train_labels,
             self._dataset,
             spec=training,

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from ncfm_core.catalog import DatasetName, PresetName
+from ncfm_core.catalog import DatasetFacts, DatasetName, PresetName, dataset_facts
 
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Rate = Annotated[float, Field(gt=0, le=1000)]
@@ -32,9 +43,58 @@ class Part(BaseModel):
     )
 
 
+_EXAMPLE = '{"name": "imagefolder", "uri": "/data/birds.tar", "image_size": 64}'
+
+
 class DatasetSpec(Part):
+    """The real data: one of the catalog, or the user's own as `imagefolder`."""
+
     name: DatasetName
     """Name in the catalog."""
+    uri: Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
+    """Of an `imagefolder` alone: a folder, .tar, .tar.gz, .tgz or .zip on the cluster, as a path or a file:// URI."""
+    image_size: Annotated[int, Field(ge=8, le=512)] | None = None
+    """Of an `imagefolder` alone: height and width in pixels that its images are brought to."""
+
+    @field_validator("uri")
+    @classmethod
+    def _names_a_file(cls, uri: str | None) -> str | None:
+        scheme = uri.partition("://")[0] if uri and "://" in uri else "file"
+        if scheme != "file":
+            raise ValueError(
+                f"{scheme}:// cannot be read here. Copy the data to where the cluster reads files, and give the path"
+            )
+        return uri
+
+    @model_validator(mode="after")
+    def _own_data_have_a_place(self) -> DatasetSpec:
+        for name, value in (("uri", self.uri), ("image_size", self.image_size)):
+            if self.name == "imagefolder" and value is None:
+                raise ValueError(f"imagefolder needs {name}, as in {_EXAMPLE}")
+            if self.name != "imagefolder" and value is not None:
+                raise ValueError(f"{name} belongs to imagefolder; {self.name} has its own")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        return {name: value for name, value in serialise(self).items() if value is not None}
+
+    @property
+    def facts(self) -> DatasetFacts:
+        """What is known before anything is loaded; for an `imagefolder` the counts are assumptions."""
+        facts = dataset_facts(self.name)
+        if self.uri is None or self.image_size is None:
+            return facts
+        size = self.image_size
+        return replace(facts, image_size=size, title=f"{_stem(self.uri)}, {size}x{size} colour")
+
+
+def _stem(uri: str) -> str:
+    """The name of a folder or archive without its ending, with nothing in it that a heading could take for markup."""
+    name = uri.rstrip("/").rpartition("/")[2]
+    for ending in (".tar.gz", ".tgz", ".tar", ".zip"):
+        name = name.removesuffix(ending)
+    return re.sub(r"[^\w .-]+", "-", name)[:60] or "imagefolder"
 
 
 class ModelSpec(Part):

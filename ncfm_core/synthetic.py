@@ -159,7 +159,7 @@ def start(
     # A class with fewer images than tiles gives some of them twice.
     chosen = dataset.class_batches(min(wanted, min(dataset.class_counts)), draw)
     chosen = chosen.repeat(1, -(-wanted // chosen.shape[1]))[:, :wanted].flatten().to(dataset.device)
-    images = dataset.train_images[chosen].to(torch.float32).div(255)
+    images = dataset.take(chosen).to(torch.float32).div(255)
     return SyntheticSet(encode(images, shrink).clamp(0, 1).contiguous(), labels, factor)
 
 

@@ -36,3 +36,7 @@ class DataFacts(Record):
     num_train: int
     num_test: int
     image_shape: tuple[int, int, int]
+    split: str = "published"
+    """How training and test images were told apart."""
+    ignored_files: int = 0
+    """Files that are not images, or lie outside the class folders."""
