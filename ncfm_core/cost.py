@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ncfm_core.catalog import dataset_facts
 from ncfm_core.geometry import convolutions, num_features
 from ncfm_core.spec import JobSpec, ModelSpec, TrainingSpec
 
@@ -39,12 +38,14 @@ def estimate(spec: JobSpec, *, cpus: float, gpus: float) -> Estimate:
     cores = max(1.0, min(float(spec.resources.cpus), cpus))
     seconds = operations(spec) / (GPU_RATE if on_gpu else CPU_RATE * cores)
     where = "one GPU" if on_gpu else f"{cores:g} CPU core{'s' if cores > 1 else ''}"
-    return Estimate(seconds, f"about {_in_words(seconds)} on {where}")
+    facts = spec.dataset.facts
+    basis = f", if the data are about {facts.num_classes} classes and {facts.num_train} images" if facts.assumed else ""
+    return Estimate(seconds, f"about {_in_words(seconds)} on {where}{basis}")
 
 
 def operations(spec: JobSpec) -> float:
     """Floating-point operations of teachers, search, distillation and evaluations together."""
-    facts, method = dataset_facts(spec.dataset.name), spec.method
+    facts, method = spec.dataset.facts, spec.method
     decoded = facts.num_classes * spec.ipc * method.factor**2
     teacher = _training(spec.model, spec.teachers.training, facts.image_size, facts.channels, facts.num_train)
     total = spec.teachers.count * teacher + method.steps * _step(spec)
@@ -72,7 +73,7 @@ def _training(model: ModelSpec, training: TrainingSpec, image_size: int, channel
 
 def _step(spec: JobSpec) -> float:
     """One update of the images: the share of a draw, then matching and calibration of the decoded images."""
-    facts, method, model = dataset_facts(spec.dataset.name), spec.method, spec.model
+    facts, method, model = spec.dataset.facts, spec.method, spec.model
     products = 2 * method.num_frequencies * num_features(model, facts.image_size)
     image = forward(model, facts.image_size, facts.channels)
     decoded = facts.num_classes * spec.ipc * method.factor**2

@@ -7,42 +7,48 @@ and step, so a state saved between any two steps goes on with the same bits.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from ncfm_core import augment
 from ncfm_core.augment import Augmentation
 from ncfm_core.datasets import Dataset
-from ncfm_core.discrepancy import CharacteristicFunction, characteristic_function, gap
-from ncfm_core.errors import CheckpointError
+from ncfm_core.discrepancy import (
+    CharacteristicTarget,
+    MeanTarget,
+    Target,
+    characteristic_function_by_class,
+)
+from ncfm_core.errors import CheckpointError, ResourcesError
+from ncfm_core.execution import Execution, choose, even_chunks, in_chunks
 from ncfm_core.frequencies import FrequencySampler, Gaussian, ScaleMixture
 from ncfm_core.pools import Extractors, TeacherPool
 from ncfm_core.progress import Progress
 from ncfm_core.rng import generator
+from ncfm_core.schedule import Schedule
 from ncfm_core.spec import NcfmSpec
-from ncfm_core.synthetic import decode, start
+from ncfm_core.synthetic import SyntheticSet, decode, start
 from ncfm_core.training import load_optimizer_state, optimizer_state, part
 
 REPORT_EVERY = 25
 """Image steps between two reports; each costs one wait for the device."""
-FORWARD_BYTES = 256 << 20
-"""Bound on the first activation map of a no-gradient forward: real images go through in chunks of this size."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
     """What serves one reuse window."""
 
-    index: int
     extractors: Extractors
     augmentation: Augmentation
-    real: CharacteristicFunction
-    frequencies_KD: Tensor
+    target: Target
 
 
 class Distillation:
@@ -57,6 +63,8 @@ class Distillation:
         ipc: int,
         seed: int,
         device: torch.device,
+        memory_limit: int | None = None,
+        compiled: bool | None = None,
     ) -> None:
         """
         Args:
@@ -66,6 +74,8 @@ class Distillation:
             ipc: stored images per class.
             seed: of everything drawn here.
             device: where to compute; the pool must be there.
+            memory_limit: bytes that a step's activations may take; None for what is fast on the device.
+            compiled: whether networks go through `torch.compile`; None where it pays.
         """
         self._dataset, self._pool, self._method, self._seed = dataset.to(device), pool, method, seed
         self._real_batch = min(method.real_batch, min(dataset.class_counts))
@@ -76,22 +86,52 @@ class Distillation:
         self._optimizer = torch.optim.AdamW(
             [self.synthetic.images], lr=method.image_lr, weight_decay=method.image_weight_decay
         )
+        self._schedule = Schedule(method.schedule, method.image_lr, method.steps, device)
         self._sampler = _sampler(method, pool.network.num_features, device)
         self._draw: _Draw | None = None
         self.total, self.step = method.steps, 0
+        decoded = len(self.synthetic.labels) * method.factor**2
+        draws = dataset.num_classes * self._real_batch + decoded
+        execution = choose(
+            pool.features,
+            pool.draw(generator(seed, "distill/execution")).match,
+            image_shape=dataset.image_shape,
+            num_classes=dataset.num_classes,
+            images_per_class=decoded // dataset.num_classes,
+            device=device,
+            # A backward pass is two forward ones.
+            forwards=method.steps * (draws / method.reuse + 3 * decoded * (2 if method.calibration_weight else 1)),
+            memory_limit=memory_limit,
+            together=pool.batch_statistics,
+            compiled=compiled,
+        )
+        self._carry_out(execution)
+        self.broken = 0
+        """How often the execution was halved for want of memory; the bits are then no longer those of another run."""
+
+    def _carry_out(self, execution: Execution) -> None:
+        """Compute in this way from now on."""
+        self.execution = execution
+        features, logits = self._pool.features, self._pool.logits
+        if execution.compiled:
+            features, logits = (torch.compile(each, dynamic=False) for each in (features, logits))
+        self._features_forward, self._logits_forward = features, logits
 
     def run(self, until: int | None = None) -> Iterator[Progress]:
         """Update the images from `step` to `until` (all of it by default).
 
         The metrics of a report are means since the last one: `discrepancy` (class mean of the gap), `calibration`
         (cross-entropy), `psi_gain` (rise of the gap by psi's ascent, at fixed root mean square of the scales) and `image_lr`.
+
+        Raises:
+            ResourcesError: a step does not fit the memory, even in halves.
         """
         until = self.total if until is None else until
         sums = torch.zeros(3, device=self.synthetic.images.device)
         counted = draws = 0
         while self.step < until:
             if self._draw is None or self.step % self._method.reuse == 0:
-                sums[2] += self._open_draw()
+                sums[2] += self._within_memory(self._open_draw)
                 draws += 1
             sums[:2] += self._advance()
             counted += 1
@@ -99,102 +139,171 @@ class Distillation:
                 discrepancy, calibration, gain = sums.tolist()
                 metrics = {"discrepancy": discrepancy / counted, "calibration": calibration / counted}
                 metrics |= {"psi_gain": gain / draws} if draws else {}
-                metrics["image_lr"] = self._rate(self.step - 1)
+                metrics["image_lr"] = self._schedule.rate(self.step - 1)
                 yield Progress(self.step, self.total, "step", metrics)
                 sums.zero_()
                 counted = draws = 0
 
+    def _within_memory(self, compute: Callable[[], T]) -> T:
+        """The result of a computation, which is tried once more with half as much at once if memory runs out."""
+        try:
+            return compute()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+        self.execution = self.execution.halved()
+        self.broken += 1
+        if self.synthetic.images.is_cuda:
+            torch.cuda.empty_cache()
+        try:
+            return compute()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise ResourcesError.of(
+                "resources.memory_limit",
+                None,
+                f"a step does not fit the memory of {self.synthetic.images.device}, even with {self.execution}",
+                "Set resources.memory_limit (MiB) lower, or lower method.real_batch, method.num_frequencies or model.width.",
+            ) from error
+
     def _open_draw(self) -> Tensor:
         """Draw what the next window shares; psi's gain, on the device."""
         index, method, images = self.step // self._method.reuse, self._method, self.synthetic.images
-        extractors = self._pool.draw(generator(self._seed, "distill/network", index))
-        augmentation = augment.draw(method.augment, generator(self._seed, "distill/augment", index))
-        normal_KD = torch.randn(
-            (method.num_frequencies, self._pool.network.num_features),
-            generator=generator(self._seed, "distill/frequencies", index),
-        ).to(images.device)
-        real_CND = self._real_features(extractors, augmentation, index)
+        with record_function("draw"):
+            extractors = self._pool.draw(generator(self._seed, "distill/network", index))
+            augmentation = augment.draw(method.augment, generator(self._seed, "distill/augment", index))
+        with record_function("real_forward"):
+            real_CND = self._real_features(extractors, augmentation, index)
+        if method.discrepancy == "mean":
+            self._draw = _Draw(extractors, augmentation, MeanTarget(real_CND.mean(1)))
+            return images.new_zeros(())
+        with record_function("frequencies"):
+            shape = (method.num_frequencies, self._pool.network.num_features)
+            normal_KD = torch.randn(shape, generator=generator(self._seed, "distill/frequencies", index)).to(
+                images.device
+            )
         gain = images.new_zeros(())
         # A window that a resumed run opens in its middle has had its ascent already: psi came back with the state.
-        if self.step % method.reuse == 0:
-            with torch.no_grad():
-                synthetic_CND = self._by_class(self._synthetic_features(extractors, augmentation))
-            gain = self._sampler.ascend(normal_KD, real_CND, synthetic_CND)
-        with torch.no_grad():
+        if self.step % method.reuse == 0 and method.sampler == "scale_mixture":
+            with record_function("sampler"):
+                with torch.no_grad():
+                    decoded = self._decoded(images, augmentation)
+                    synthetic_CND = self._by_class(self._features(extractors.match, decoded))
+                gain = self._sampler.ascend(normal_KD, real_CND, synthetic_CND)
+        with torch.no_grad(), record_function("real_characteristic"):
             frequencies_KD = self._sampler.frequencies(normal_KD)
-            real = characteristic_function(real_CND, frequencies_KD)
-        self._draw = _Draw(index, extractors, augmentation, real, frequencies_KD)
+            real = characteristic_function_by_class(real_CND, frequencies_KD)
+        self._draw = _Draw(
+            extractors, augmentation, CharacteristicTarget(real, frequencies_KD, method.amplitude_weight)
+        )
         return gain
 
     def _advance(self) -> Tensor:
         """One update of the images; discrepancy and calibration as class means, shape (2,), on the device."""
-        assert self._draw is not None
-        method, images = self._method, self.synthetic.images
+        images = self.synthetic.images
         with torch.no_grad():
             images.clamp_(0, 1)
-        features_CND = self._by_class(self._synthetic_features(self._draw.extractors, self._draw.augmentation))
-        synthetic = characteristic_function(features_CND, self._draw.frequencies_KD)
-        discrepancy_C = gap(self._draw.real, synthetic, method.amplitude_weight)
-        calibration = self._calibration(self._draw.extractors) if method.calibration_weight else images.new_zeros(())
-        num_classes = len(discrepancy_C)
-        # Summed over classes: a class's gradient does not depend on how many others there are.
-        loss = method.discrepancy_weight * discrepancy_C.sum() + method.calibration_weight * num_classes * calibration
-        (images.grad,) = torch.autograd.grad(loss, images)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate(self.step)
-        self._optimizer.step()
-        images.grad = None
+        gradient, losses = self._within_memory(self._gradient)
+        with record_function("optimizer"):
+            images.grad = gradient
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._schedule.rate(self.step)
+            self._optimizer.step()
+            images.grad = None
+        method = self._method
+        self._schedule.note(self.step, method.discrepancy_weight * losses[0] + method.calibration_weight * losses[1])
         self.step += 1
         if self.step == self.total:
             with torch.no_grad():
                 images.clamp_(0, 1)
-        return torch.stack((discrepancy_C.mean(), calibration)).detach()
+        return losses
 
-    def _rate(self, step: int) -> float:
-        if self._method.schedule == "constant":
-            return self._method.image_lr
-        return self._method.image_lr * 0.5 * (1 + math.cos(math.pi * step / self.total))
+    def _gradient(self) -> tuple[Tensor, Tensor]:
+        """The images' gradient, block by block of classes, and the two losses as class means, shape (2,).
 
-    def _decoded(self, augmentation: Augmentation) -> Tensor:
-        return augmentation(self._dataset.normalise(decode(self.synthetic.images, self._method.factor)))
+        Summed over classes: a class's gradient does not depend on how many others there are, nor on how they are cut.
+        """
+        images, num_classes = self.synthetic.images, self._dataset.num_classes
+        ipc = len(images) // num_classes
+        calibrate = augment.draw(self._method.augment, generator(self._seed, "distill/calibrate", self.step))
+        gradient, losses = torch.empty_like(images), torch.zeros(2, device=images.device)
+        for first in range(0, num_classes, self.execution.block):
+            classes = slice(first, min(num_classes, first + self.execution.block))
+            rows = slice(first * ipc, classes.stop * ipc)
+            block = images.detach()[rows].requires_grad_(True)
+            with record_function("match"):
+                discrepancy = self._matched(block, classes)
+                (gradient[rows],) = torch.autograd.grad(self._method.discrepancy_weight * discrepancy, block)
+            losses[0] += discrepancy.detach()
+            if self._method.calibration_weight:
+                with record_function("calibrate"):
+                    calibration = self._calibrated(block, rows, calibrate)
+                    gradient[rows] += torch.autograd.grad(self._method.calibration_weight * calibration, block)[0]
+                losses[1] += calibration.detach()
+        return gradient, losses / num_classes
 
-    def _synthetic_features(self, extractors: Extractors, augmentation: Augmentation) -> Tensor:
-        return self._pool.features(extractors.match, self._decoded(augmentation))
+    def _matched(self, block: Tensor, classes: slice) -> Tensor:
+        """Sum over classes of the discrepancy of a block of images."""
+        assert self._draw is not None
+        features = self._features(self._draw.extractors.match, self._decoded(block, self._draw.augmentation))
+        features_BND = features.view(classes.stop - classes.start, -1, features.shape[1])
+        return self._draw.target.gaps(features_BND, classes).sum()
 
-    def _calibration(self, extractors: Extractors) -> Tensor:
-        """Mean cross-entropy of the decoded images under the trained network, with an augmentation of its own each step."""
-        augmentation = augment.draw(self._method.augment, generator(self._seed, "distill/calibrate", self.step))
-        labels = self.synthetic.labels.repeat_interleave(self._method.factor**2)
-        return F.cross_entropy(self._pool.logits(extractors.calibrate, self._decoded(augmentation)), labels)
+    def _calibrated(self, block: Tensor, rows: slice, augmentation: Augmentation) -> Tensor:
+        """Sum over classes of a block's mean cross-entropy under the trained network; each step has its own augmentation."""
+        assert self._draw is not None
+        repeats = self._method.factor**2
+        labels = self.synthetic.labels[rows].repeat_interleave(repeats)
+        logits = in_chunks(
+            self._logits_forward, self._draw.extractors.calibrate, self._decoded(block, augmentation), self.execution
+        )
+        per_class = repeats * len(self.synthetic.labels) // self._dataset.num_classes
+        return F.cross_entropy(logits, labels, reduction="sum") / per_class
+
+    def _decoded(self, images: Tensor, augmentation: Augmentation) -> Tensor:
+        return augmentation(self._dataset.normalise(decode(images, self._method.factor)))
+
+    def _features(self, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+        return in_chunks(self._features_forward, weights, images, self.execution)
 
     @torch.no_grad()
     def _real_features(self, extractors: Extractors, augmentation: Augmentation, index: int) -> Tensor:
         """Features of a random real batch of every class, shape (C, N, D), computed in chunks of images."""
         chosen = self._dataset.class_batches(self._real_batch, generator(self._seed, "distill/real", index))
+        if self._method.real_sampling == "prefix":
+            chosen = self._dataset.members[:, : self._real_batch]
         device = self.synthetic.images.device
-        chosen = chosen.flatten().to(device)
-        _, height, width = self._dataset.image_shape
-        chunk = max(1, FORWARD_BYTES // (4 * height * width * self._pool.network.width))
         low = self._method.precision == "bfloat16"
         features = []
-        for part_of in chosen.split(chunk):
-            images = augmentation(self._dataset.normalise(self._dataset.train_images[part_of]))
+        for piece in even_chunks(chosen.flatten().to(device), self.execution.chunk):
+            images = augmentation(self._dataset.normalise(self._dataset.take(piece)))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                features.append(self._pool.features(extractors.match, images).to(torch.float32))
+                features.append(self._features_forward(extractors.match, images).to(torch.float32))
         return self._by_class(torch.cat(features))
 
     def _by_class(self, features: Tensor) -> Tensor:
         return features.view(self._dataset.num_classes, -1, features.shape[1])
 
+    def result(self) -> SyntheticSet:
+        """The set as it is now, with soft labels where the method asks for them."""
+        synthetic = replace(self.synthetic, images=self.synthetic.images.detach())
+        if self._method.labels == "hard":
+            return synthetic
+        images, _ = synthetic.decode()
+        return replace(synthetic, soft_labels=self._pool.label(self._dataset.normalise(images)))
+
     def state(self) -> dict[str, Tensor]:
-        """Images, optimiser, psi and step as flat tensors on the CPU."""
+        """Images, optimiser, psi, schedule, step and execution as flat tensors on the CPU."""
         state = {"images": self.synthetic.images.detach(), "step": torch.tensor(self.step)}
         state |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self._optimizer).items()}
         state |= {f"sampler.{name}": tensor for name, tensor in self._sampler.state().items()}
+        state |= {f"schedule.{name}": tensor for name, tensor in self._schedule.state().items()}
+        state["execution"] = self.execution.encode()
         return {name: tensor.cpu().clone() for name, tensor in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state.
+        """Go on from a state, with its execution.
 
         Raises:
             CheckpointError: it is of another distillation.
@@ -204,12 +313,19 @@ class Distillation:
                 self.synthetic.images.copy_(state["images"])
             load_optimizer_state(self._optimizer, part(state, "optimizer."))
             self._sampler.load_state(part(state, "sampler."))
+            self._schedule.load_state(part(state, "schedule."))
             self.step = int(state["step"])
-        except (KeyError, RuntimeError, IndexError) as error:
+            self._carry_out(Execution.decode(state["execution"]))
+        except (KeyError, RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError.of(
                 "checkpoint", None, f"does not fit this distillation: {error}", "Start afresh."
             ) from None
         self._draw = None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; the CPU's allocator has no exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _sampler(method: NcfmSpec, num_features: int, device: torch.device) -> FrequencySampler:
@@ -221,6 +337,7 @@ def _sampler(method: NcfmSpec, num_features: int, device: torch.device) -> Frequ
         frequency_scale=method.frequency_scale,
         lr=method.sampler_lr,
         ascent_steps=method.sampler_steps,
+        objective=method.sampler_objective,
         amplitude_weight=method.amplitude_weight,
         device=device,
     )

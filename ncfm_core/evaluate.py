@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ncfm_core.datasets import Dataset
+from ncfm_core.datasets import Dataset, Images
 from ncfm_core.models import build_model
 from ncfm_core.progress import Progress
 from ncfm_core.rng import generator
@@ -27,7 +27,7 @@ class Evaluation:
 
 
 def evaluate(
-    images: Tensor,
+    images: Tensor | Images,
     labels: Tensor,
     dataset: Dataset,
     *,
@@ -41,7 +41,7 @@ def evaluate(
     """Train fresh students on labelled images and test each.
 
     Args:
-        images: shape (N, channels, H, W), uint8 or float in [0, 1], already decoded.
+        images: shape (N, channels, H, W), uint8 or float in [0, 1], already decoded; or those of a data set.
         labels: int64 of shape (N,).
         dataset: gives the statistics and the test set.
         model: the students' network.
@@ -54,7 +54,8 @@ def evaluate(
     Yields:
         Progress after every student, with its accuracy.
     """
-    dataset, images, labels = dataset.to(device), images.detach().to(device), labels.to(device)
+    images = images.detach() if isinstance(images, Tensor) else images
+    dataset, images, labels = dataset.to(device), images.to(device), labels.to(device)
     last, best = [], []
     for student in range(students):
         stream = f"student/{student}"
@@ -83,4 +84,4 @@ def random_real(dataset: Dataset, *, ipc: int, seed: int) -> tuple[Tensor, Tenso
         uint8 images of shape (C * ipc, channels, H, W) and their labels.
     """
     chosen = dataset.class_batches(ipc, generator(seed, "random-real")).flatten().to(dataset.device)
-    return dataset.train_images[chosen], dataset.train_labels[chosen]
+    return dataset.take(chosen), dataset.train_labels[chosen]

@@ -11,12 +11,12 @@ learns the shape, and the one bandwidth s stays a hyperparameter.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ncfm_core.discrepancy import CharacteristicFunction, characteristic_function, gap
+from ncfm_core.discrepancy import characteristic_function, gap, power
 from ncfm_core.training import load_optimizer_state, optimizer_state, part
 
 
@@ -26,7 +26,7 @@ class FrequencySampler(Protocol):
     def frequencies(self, normal_KD: Tensor) -> Tensor: ...
 
     def ascend(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
-        """Play the sampler's side of the minmax for one draw; the rise of the mean gap, as a scalar on the device."""
+        """Play the sampler's side of the minmax for one draw; the rise of its objective, as a scalar on the device."""
         ...
 
     def state(self) -> dict[str, Tensor]: ...
@@ -64,6 +64,7 @@ class ScaleMixture:
         frequency_scale: float,
         lr: float,
         ascent_steps: int,
+        objective: Literal["gap", "power"],
         amplitude_weight: float,
         device: torch.device,
     ) -> None:
@@ -74,10 +75,12 @@ class ScaleMixture:
             frequency_scale: s, the root mean square of every component's scales.
             lr: of Adam on the log-scales.
             ascent_steps: per draw.
+            objective: what is raised: the gap, or the gap over its sampling error.
             amplitude_weight: of the gap that is raised.
             device: where the log-scales live.
         """
         self.frequency_scale, self.ascent_steps, self.amplitude_weight = frequency_scale, ascent_steps, amplitude_weight
+        self._objective = objective
         self.log_scales = torch.zeros((num_components, num_features), device=device, requires_grad=True)
         self._optimizer = torch.optim.Adam([self.log_scales], lr=lr)
 
@@ -93,33 +96,44 @@ class ScaleMixture:
         return shaped.flatten(0, 1) * self.frequency_scale
 
     def ascend(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
-        """Adam steps up the class mean of the gap, both sides' features held.
+        """Adam steps up the class mean of the objective, both sides' features held.
 
-        The gradient is asked for psi alone (`autograd.grad`), so that neither player's leaks into the other's.
+        The gradient is asked for psi alone (`autograd.grad`), so that neither player's leaks into the other's, and gathered class
+        by class, since the phases of all classes would take more memory than the rest of the step.
 
         Args:
             normal_KD: the draw that the images will meet too.
             real_CND: real features, without gradient.
             synthetic_CND: synthetic features, without gradient.
         """
-        if self.ascent_steps == 0:
-            return normal_KD.new_zeros(())
-        before = self._mean_gap(normal_KD, real_CND, synthetic_CND)
-        reached = before
+        rise = normal_KD.new_zeros(())
         for _ in range(self.ascent_steps):
-            (gradient,) = torch.autograd.grad(reached, self.log_scales)
+            frequencies_KD = self.frequencies(normal_KD)
+            gradient_KD = self._gradient(frequencies_KD.detach(), real_CND, synthetic_CND)
+            (gradient,) = torch.autograd.grad(frequencies_KD, self.log_scales, gradient_KD)
             self.log_scales.grad = -gradient
             self._optimizer.step()
-            reached = self._mean_gap(normal_KD, real_CND, synthetic_CND)
+            with torch.no_grad():
+                # To first order: the gap itself would cost another pass over all real features.
+                rise += (gradient_KD * (self.frequencies(normal_KD) - frequencies_KD)).sum()
         self.log_scales.grad = None
-        return (reached - before).detach()
+        return rise
 
-    def _mean_gap(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
-        frequencies_KD = self.frequencies(normal_KD)
-        sides: list[CharacteristicFunction] = [
-            characteristic_function(features.detach(), frequencies_KD) for features in (real_CND, synthetic_CND)
-        ]
-        return gap(sides[0], sides[1], self.amplitude_weight).mean()
+    def _gradient(self, frequencies_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
+        """Of the class mean of the objective, with respect to the frequencies."""
+        frequencies_KD.requires_grad_(True)
+        gradient_KD = torch.zeros_like(frequencies_KD)
+        for label in range(len(real_CND)):
+            one = slice(label, label + 1)
+            sides = [characteristic_function(each[one], frequencies_KD) for each in (real_CND, synthetic_CND)]
+            if self._objective == "gap":
+                value = gap(sides[0], sides[1], self.amplitude_weight)
+            else:
+                sizes = {"num_real": real_CND.shape[1], "num_synthetic": synthetic_CND.shape[1]}
+                value = power(sides[0], sides[1], self.amplitude_weight, **sizes)
+            value = value.sum() / len(real_CND)
+            gradient_KD += torch.autograd.grad(value, frequencies_KD)[0]
+        return gradient_KD
 
     def state(self) -> dict[str, Tensor]:
         optimizer = {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self._optimizer).items()}

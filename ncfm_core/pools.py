@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,8 @@ from ncfm_core.spec import ModelSpec, TrainingSpec
 from ncfm_core.training import Training, accuracy, part
 
 Weights = dict[str, Tensor]
+LABEL_BATCH = 256
+"""Images labelled at once."""
 
 
 class TeacherTraining:
@@ -51,7 +55,7 @@ class TeacherTraining:
         self._initial = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         self._training = Training(
             network.to(device),
-            self._dataset.train_images,
+            self._dataset.train,
             self._dataset.train_labels,
             self._dataset,
             spec=training,
@@ -121,6 +125,8 @@ class TeacherPool:
             model, image_shape=dataset.image_shape, num_classes=dataset.num_classes, draw=generator(0, "unused")
         ).to(device)
         _freeze(self.network)
+        # Apart, so that no call has to switch the mode of a network that may be compiled.
+        self._evaluated = copy.deepcopy(self.network).eval() if model.batch_statistics else self.network
         self.count = len(teachers)
         self.batch_statistics = model.batch_statistics
         parameters, buffers = (
@@ -157,19 +163,32 @@ class TeacherPool:
             weights: of one network of this pool.
             images: normalised, shape (N, channels, H, W).
         """
-        self._mode(training=True)
         features: Tensor = torch.func.functional_call(self.network, weights, (images,), {"features_only": True})
         return torch.nn.functional.normalize(features, dim=1)
 
     def logits(self, weights: Weights, images: Tensor) -> Tensor:
         """Logits of shape (N, classes); batch norms take the running statistics that came with the weights."""
-        self._mode(training=False)
-        logits: Tensor = torch.func.functional_call(self.network, weights, (images,))
+        logits: Tensor = torch.func.functional_call(self._evaluated, weights, (images,))
         return logits
 
-    def _mode(self, *, training: bool) -> None:
-        if self.batch_statistics:
-            self.network.train(training)
+    @torch.no_grad()
+    def label(self, images: Tensor) -> Tensor:
+        """Soft labels: the logarithm of the mean probability that the trained teachers give each class.
+
+        Args:
+            images: normalised and not augmented, shape (N, channels, H, W).
+
+        Returns:
+            Logits, float32 of shape (N, classes).
+        """
+        stacks, pieces = self._trained | self._buffers, []
+        for piece in images.split(LABEL_BATCH):
+            each = [
+                self.logits({name: stack[index] for name, stack in stacks.items()}, piece).log_softmax(1)
+                for index in range(self.count)
+            ]
+            pieces.append(torch.stack(each).logsumexp(0) - math.log(self.count))
+        return torch.cat(pieces)
 
 
 def _freeze(network: Network) -> None:

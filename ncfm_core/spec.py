@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from ncfm_core.catalog import DatasetName, PresetName
+from ncfm_core.catalog import DatasetFacts, DatasetName, PresetName, dataset_facts
 from ncfm_core.networks import NETWORKS, NetworkName, Norm
 
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -33,9 +45,58 @@ class Part(BaseModel):
     )
 
 
+_EXAMPLE = '{"name": "imagefolder", "uri": "/data/birds.tar", "image_size": 64}'
+
+
 class DatasetSpec(Part):
+    """The real data: one of the catalog, or the user's own as `imagefolder`."""
+
     name: DatasetName
     """Name in the catalog."""
+    uri: Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
+    """Of an `imagefolder` alone: a folder, .tar, .tar.gz, .tgz or .zip on the cluster, as a path or a file:// URI."""
+    image_size: Annotated[int, Field(ge=8, le=512)] | None = None
+    """Of an `imagefolder` alone: height and width in pixels that its images are brought to."""
+
+    @field_validator("uri")
+    @classmethod
+    def _names_a_file(cls, uri: str | None) -> str | None:
+        scheme = uri.partition("://")[0] if uri and "://" in uri else "file"
+        if scheme != "file":
+            raise ValueError(
+                f"{scheme}:// cannot be read here. Copy the data to where the cluster reads files, and give the path"
+            )
+        return uri
+
+    @model_validator(mode="after")
+    def _own_data_have_a_place(self) -> DatasetSpec:
+        for name, value in (("uri", self.uri), ("image_size", self.image_size)):
+            if self.name == "imagefolder" and value is None:
+                raise ValueError(f"imagefolder needs {name}, as in {_EXAMPLE}")
+            if self.name != "imagefolder" and value is not None:
+                raise ValueError(f"{name} belongs to imagefolder; {self.name} has its own")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        return {name: value for name, value in serialise(self).items() if value is not None}
+
+    @property
+    def facts(self) -> DatasetFacts:
+        """What is known before anything is loaded; for an `imagefolder` the counts are assumptions."""
+        facts = dataset_facts(self.name)
+        if self.uri is None or self.image_size is None:
+            return facts
+        size = self.image_size
+        return replace(facts, image_size=size, title=f"{_stem(self.uri)}, {size}x{size} colour")
+
+
+def _stem(uri: str) -> str:
+    """The name of a folder or archive without its ending, with nothing in it that a heading could take for markup."""
+    name = uri.rstrip("/").rpartition("/")[2]
+    for ending in (".tar.gz", ".tgz", ".tar", ".zip"):
+        name = name.removesuffix(ending)
+    return re.sub(r"[^\w .-]+", "-", name)[:60] or "imagefolder"
 
 
 class UnfitError(ValueError):
@@ -109,16 +170,20 @@ class NcfmSpec(Part):
     """Step size of AdamW on the images, whose pixels lie in [0, 1]."""
     image_weight_decay: Fraction
     """Decoupled weight decay of the images."""
-    schedule: Literal["constant", "cosine"]
-    """Of the image rate over `steps`; cosine ends at zero."""
+    schedule: Literal["constant", "cosine", "plateau"]
+    """Of the image rate over `steps`; cosine ends at zero, plateau halves it when the loss has not fallen for 500 steps."""
     init: Literal["noise", "real", "tiled"]
     """Images at step 0; `tiled` puts one shrunk real image into each tile."""
     factor: Annotated[int, Field(ge=1, le=2)]
     """Multi-formation: each stored image decodes to factor x factor training images."""
     real_batch: BatchSize
     """Real images per class and draw; no more than the smallest class has."""
+    real_sampling: Literal["random", "prefix"]
+    """`random` draws over the whole class; `prefix` always takes its first images, as the authors' code does."""
     reuse: Annotated[int, Field(ge=1, le=1000)]
     """Image updates per draw of network, real batch, augmentation and frequencies."""
+    discrepancy: Literal["characteristic", "mean"]
+    """What is matched: the characteristic-function gap, or the squared distance of the class means (DM's term)."""
     sampler: Literal["scale_mixture", "gaussian"]
     """Where frequencies come from; `scale_mixture` is the learned psi of the minmax."""
     num_frequencies: Annotated[int, Field(ge=1, le=65_536)]
@@ -131,14 +196,18 @@ class NcfmSpec(Part):
     """Step size of Adam on psi's log-scales."""
     sampler_steps: Annotated[int, Field(ge=0, le=100)]
     """Ascent steps of psi per draw; 0 leaves it where it started."""
+    sampler_objective: Literal["gap", "power"]
+    """What psi raises: the gap itself, or the gap over its sampling error."""
     amplitude_weight: Fraction
     """alpha: weight of the amplitude; the phase has 1 - alpha."""
     discrepancy_weight: Weight
-    """Weight of the characteristic-function gap."""
+    """Weight of the discrepancy."""
     calibration_weight: Weight
     """Weight of the cross-entropy of the images under the trained network."""
     augment: AugmentSpec
     """Shared by real and synthetic images of a draw."""
+    labels: Literal["hard", "soft"]
+    """`soft` stores the teachers' logits for every decoded image beside the hard labels."""
     precision: Literal["float32", "bfloat16"]
     """Of the real features, which need no gradient."""
 
@@ -216,6 +285,8 @@ class ResourcesSpec(Part):
     """`auto`: one where the cluster has any, else none."""
     cpus: Annotated[int, Field(ge=1, le=1024)]
     """CPUs, which are also the threads of a stage."""
+    memory_limit: Annotated[int, Field(ge=16, le=1_000_000)] | None
+    """MiB that the activations of a distillation step may take; null for what is fast on the device."""
 
 
 class CheckpointSpec(Part):

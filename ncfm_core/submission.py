@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -20,7 +20,7 @@ from ncfm_core.errors import Problem, SpecError, shorten
 from ncfm_core.geometry import padded, smallest_image
 from ncfm_core.networks import NETWORKS
 from ncfm_core.presets import Document, overlay
-from ncfm_core.spec import JobSpec, ModelSpec, UnfitError
+from ncfm_core.spec import DatasetSpec, JobSpec, ModelSpec, UnfitError
 
 _NAMED = ("dataset", "method", "model")
 """Parts that may be given by their name alone."""
@@ -53,7 +53,13 @@ def _dataset(document: Mapping[str, JsonValue]) -> DatasetFacts:
     name = dataset.get("name") if isinstance(dataset, dict) else None
     if not isinstance(name, str):
         raise SpecError.of("dataset", dataset, "must be a name or an object with a name", 'Try "dataset": "digits".')
-    return dataset_facts(name)
+    if dataset_facts(name).name != "imagefolder":
+        return dataset_facts(name)
+    # What its preset is depends on the size of its images, so this part is checked first.
+    try:
+        return DatasetSpec.model_validate_json(json.dumps(dataset)).facts
+    except ValidationError as error:
+        raise _spec_error(error, "dataset") from None
 
 
 def _preset(document: Mapping[str, JsonValue], facts: DatasetFacts) -> PresetName:
@@ -130,26 +136,45 @@ def resolve(document: Mapping[str, JsonValue]) -> JobSpec:
     try:
         spec = JobSpec.model_validate_json(json.dumps(complete))
     except ValidationError as error:
-        # A list with a bad entry is also reported as too short: only the entry is news.
-        details = error.errors(include_url=False)
-        cause = [each for each in details if each["type"] != "too_short" or len(details) == 1]
-        raise SpecError(*(_problem(each) for each in cause)) from None
+        raise _spec_error(error) from None
     _check_fit(spec, facts)
     return spec
+
+
+def _spec_error(error: ValidationError, *above: str) -> SpecError:
+    """The error in our words; `above` are the fields around what was validated."""
+    details = error.errors(include_url=False)
+    # A list with a bad entry is also reported as too short: only the entry is news.
+    cause = [each for each in details if each["type"] != "too_short" or len(details) == 1]
+    return SpecError(*(_problem(each | {"loc": (*above, *each["loc"])}) for each in cause))
+
+
+def check_counts(spec: JobSpec, class_counts: Sequence[int]) -> None:
+    """What a spec asks of the number of images, once the data were counted.
+
+    Args:
+        spec: resolved.
+        class_counts: training images of each class.
+
+    Raises:
+        SpecError: a class is too small for the spec.
+    """
+    if too_many := _ipc_problem(spec, min(class_counts)):
+        raise SpecError(too_many)
+
+
+def _ipc_problem(spec: JobSpec, smallest_class: int) -> Problem | None:
+    if spec.ipc <= smallest_class:
+        return None
+    message = f"more images per class than the smallest class of {spec.dataset.name} has ({smallest_class})"
+    return Problem("ipc", str(spec.ipc), message, f"Choose 1 to {smallest_class}.")
 
 
 def _check_fit(spec: JobSpec, facts: DatasetFacts) -> None:
     """What no single field can know: that the parts fit the data set and each other."""
     problems = []
-    if spec.ipc > facts.smallest_class:
-        problems.append(
-            Problem(
-                "ipc",
-                str(spec.ipc),
-                f"more images per class than the smallest class of {facts.name} has ({facts.smallest_class})",
-                f"Choose 1 to {facts.smallest_class}.",
-            )
-        )
+    if not facts.assumed and (too_many := _ipc_problem(spec, facts.smallest_class)):
+        problems.append(too_many)
     models = {"model": spec.model} | {f"evaluate.{i}.model": entry.model for i, entry in enumerate(spec.evaluate)}
     for where, model in models.items():
         if padded(facts.image_size) < smallest_image(model):
@@ -276,7 +301,8 @@ def submission_schema() -> dict[str, Any]:
     schema["required"] = ["dataset", "ipc"]
     for name in _NAMED:
         schema["properties"][name] = {"anyOf": [schema["properties"][name], {"type": "string"}]}
-    for name in ("Uniform", "LogUniform", "RandInt", "DatasetSpec"):
+    for name in ("Uniform", "LogUniform", "RandInt"):
         schema["$defs"][name]["required"] = list(schema["$defs"][name]["properties"])
+    schema["$defs"]["DatasetSpec"]["required"] = ["name"]
     schema["title"] = "Submission"
     return schema

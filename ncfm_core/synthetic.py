@@ -30,6 +30,8 @@ class SyntheticSet:
     images: Tensor
     labels: Tensor
     factor: int
+    soft_labels: Tensor | None = None
+    """Logits of the teachers for the decoded images, float32 of shape (C * ipc * factor^2, C); None for hard labels alone."""
 
     @property
     def num_classes(self) -> int:
@@ -157,16 +159,18 @@ def start(
     # A class with fewer images than tiles gives some of them twice.
     chosen = dataset.class_batches(min(wanted, min(dataset.class_counts)), draw)
     chosen = chosen.repeat(1, -(-wanted // chosen.shape[1]))[:, :wanted].flatten().to(dataset.device)
-    images = dataset.train_images[chosen].to(torch.float32).div(255)
+    images = dataset.take(chosen).to(torch.float32).div(255)
     return SyntheticSet(encode(images, shrink).clamp(0, 1).contiguous(), labels, factor)
 
 
 def to_state(synthetic: SyntheticSet) -> dict[str, Tensor]:
-    """As flat tensors on the CPU: images, labels, factor."""
+    """As flat tensors on the CPU: images, labels, factor and, where there are any, soft_labels."""
     state = {"images": synthetic.images, "labels": synthetic.labels, "factor": torch.tensor(synthetic.factor)}
+    if synthetic.soft_labels is not None:
+        state["soft_labels"] = synthetic.soft_labels
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 
 def from_state(state: Mapping[str, Tensor]) -> SyntheticSet:
     """What `to_state` gave."""
-    return SyntheticSet(state["images"], state["labels"], int(state["factor"]))
+    return SyntheticSet(state["images"], state["labels"], int(state["factor"]), state.get("soft_labels"))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ncfm_core import augment
-from ncfm_core.datasets import Dataset
+from ncfm_core.datasets import Dataset, Images
 from ncfm_core.errors import CheckpointError
 from ncfm_core.progress import Progress
 from ncfm_core.rng import generator
@@ -31,7 +31,7 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        images: Tensor,
+        images: Tensor | Images,
         labels: Tensor,
         dataset: Dataset,
         *,
@@ -42,7 +42,7 @@ class Training:
         """
         Args:
             model: on the images' device; changed in place.
-            images: shape (N, channels, H, W), uint8 or float in [0, 1].
+            images: shape (N, channels, H, W), uint8 or float in [0, 1]; or those of a data set, wherever they are.
             labels: int64 of shape (N,).
             dataset: whose statistics normalise the images.
             spec: the recipe.
@@ -53,7 +53,7 @@ class Training:
         self.labels = labels
         # Small sets are normalised once; large ones stay bytes and are normalised batch by batch.
         self._dataset, self._normalised = dataset, len(images) <= spec.batch_size
-        self.images = dataset.normalise(images) if self._normalised else images
+        self.images = dataset.normalise(images[:]) if self._normalised else images
         self.batch_size = min(spec.batch_size, len(images))
         self.steps_per_epoch = -(-len(images) // self.batch_size)
         self.total = spec.epochs * self.steps_per_epoch
@@ -142,7 +142,7 @@ def accuracy(model: nn.Module, dataset: Dataset) -> float:
     training = model.training
     model.eval()
     for start in range(0, len(dataset.test_labels), TEST_BATCH):
-        logits = model(dataset.normalise(dataset.test_images[start : start + TEST_BATCH]))
+        logits = model(dataset.normalise(dataset.test[start : start + TEST_BATCH]))
         right += (logits.argmax(1) == dataset.test_labels[start : start + TEST_BATCH]).sum()
     model.train(training)
     return 100 * right.item() / len(dataset.test_labels)

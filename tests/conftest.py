@@ -30,6 +30,15 @@ Until = Callable[..., Any]
 Document = dict[str, Any]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out unless they are asked for."""
+    if "slow" in config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture(scope="session")
 def until() -> Until:
     """Asks again and again until the answer is true, and returns it; fails after `limit_s`."""

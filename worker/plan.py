@@ -19,8 +19,8 @@ Kind = Literal["teacher", "search", "distill", "evaluation", "random_real", "ful
 
 STAGE_VERSIONS: dict[Kind, int] = {
     "teacher": 1,
-    "search": 1,
-    "distill": 1,
+    "search": 2,
+    "distill": 2,
     "evaluation": 1,
     "random_real": 1,
     "full_data": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import check_counts
 from worker.plan import Build, held_out, plan
 from worker.records import result_path
 from worker.settings import Surroundings
@@ -62,8 +63,7 @@ def _line(build: Build, storage: Storage, unknown: str) -> BuildLine:
 def _digests(spec: JobSpec, surroundings: Surroundings) -> tuple[str, str | None]:
     from ncfm_core.datasets import load_dataset
 
-    dataset = load_dataset(
-        spec.dataset.name, data_dir=surroundings.data_dir, allow_download=surroundings.allow_download
-    )
+    dataset = load_dataset(spec.dataset, **surroundings.data_access)
+    check_counts(spec, dataset.class_counts)
     split = held_out(spec)
     return dataset.digest, dataset.hold_out(split[0], seed=split[1]).digest if split else None

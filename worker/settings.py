@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,6 +16,15 @@ def _absolute(path: Path) -> Path:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+class DataAccess(TypedDict):
+    """Where data sets are and how much of one may be in memory: what `ncfm_core.datasets.load_dataset` wants to know."""
+
+    data_dir: Path
+    allow_download: bool
+    cache_dir: Path
+    memory_bytes: int
 
 
 class Surroundings(BaseSettings):
@@ -35,6 +44,20 @@ class Surroundings(BaseSettings):
     """Data sets in torchvision's layout."""
     allow_download: bool = False
     """Whether a data set that is missing may be downloaded."""
+    cache_dir: AbsolutePath | None = None
+    """Where images of data sets larger than `data_memory_gib` go, readable on every node; else `converted` below `data_dir`."""
+    data_memory_gib: Annotated[float, Field(gt=0, le=4096)] = 2.0
+    """Images of a data set that take more than this stay in a file, in each task."""
+
+    @property
+    def data_access(self) -> DataAccess:
+        """How this process and its tasks come by data sets."""
+        return {
+            "data_dir": self.data_dir,
+            "allow_download": self.allow_download,
+            "cache_dir": self.cache_dir or self.data_dir / "converted",
+            "memory_bytes": int(self.data_memory_gib * 2**30),
+        }
 
     @property
     def storage_url(self) -> str:

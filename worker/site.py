@@ -17,6 +17,8 @@ class Site:
     storage_url: str
     device: str
     threads: int
+    memory_limit: int | None = None
+    """MiB for the activations of a distillation step; None for what is fast on the device."""
     checkpoint: CheckpointSpec
     code_version: str
 
@@ -34,3 +36,7 @@ class DataFacts(Record):
     num_train: int
     num_test: int
     image_shape: tuple[int, int, int]
+    split: str = "published"
+    """How training and test images were told apart."""
+    ignored_files: int = 0
+    """Files that are not images, or lie outside the class folders."""

@@ -10,21 +10,19 @@ import statistics
 import time
 import zipfile
 from collections.abc import Generator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import safetensors.torch
 import torch
 from pydantic import JsonValue
 
-from ncfm_core.catalog import dataset_facts
 from ncfm_core.datasets import Dataset, load_dataset
 from ncfm_core.distill import Distillation
 from ncfm_core.evaluate import Evaluation, evaluate
 from ncfm_core.evaluate import random_real as draw_random_real
 from ncfm_core.pools import TeacherTraining
 from ncfm_core.progress import Progress
-from ncfm_core.spec import EvaluationSpec, FullDataSpec, JobSpec, ModelSpec, NcfmSpec, TrainingSpec
+from ncfm_core.spec import DatasetSpec, EvaluationSpec, FullDataSpec, JobSpec, ModelSpec, NcfmSpec, TrainingSpec
 from ncfm_core.synthetic import to_state
 from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool, read_synthetic
 from worker.evidence import Evidence
@@ -32,6 +30,7 @@ from worker.export import ZIP_DATE, data_card, export_files, png
 from worker.history import Event, History, Notice, Picture, Stage
 from worker.recipe import training_script
 from worker.records import Accuracy, StageResult
+from worker.settings import DataAccess
 from worker.site import DataFacts, Site
 from worker.storage import Storage
 
@@ -44,18 +43,15 @@ FULL_DATA_TESTS = 5
 """Looks at the test set along a full-data training."""
 
 
-def inspect(
-    name: str, *, data_dir: Path, allow_download: bool, held_out: tuple[float, int] | None
-) -> tuple[DataFacts, Dataset]:
+def inspect(spec: DatasetSpec, access: DataAccess, *, held_out: tuple[float, int] | None) -> tuple[DataFacts, Dataset]:
     """Load the data and say what it is.
 
     Args:
-        name: in the catalog.
-        data_dir: folder of data sets.
-        allow_download: whether what is missing may be fetched.
+        spec: which data.
+        access: where they are.
         held_out: fraction and seed of the search's split.
     """
-    dataset = load_dataset(name, data_dir=data_dir, allow_download=allow_download)
+    dataset = load_dataset(spec, **access)
     facts = DataFacts(
         digest=dataset.digest,
         held_out_digest=dataset.hold_out(held_out[0], seed=held_out[1]).digest if held_out else None,
@@ -63,6 +59,8 @@ def inspect(
         num_train=len(dataset.train_labels),
         num_test=len(dataset.test_labels),
         image_shape=dataset.image_shape,
+        split=dataset.split,
+        ignored_files=dataset.ignored_files,
     )
     return facts, dataset
 
@@ -117,7 +115,8 @@ def distill(
     """The synthetic set: `images.safetensors`, with grids along the way."""
     building, device = Building(site, storage, "distill", key), torch.device(site.device)
     pool = read_pool(storage, teachers, model=model, dataset=dataset, device=device)
-    task = Distillation(dataset, pool, method, ipc=ipc, seed=seed, device=device)
+    limit = None if site.memory_limit is None else site.memory_limit << 20
+    task = Distillation(dataset, pool, method, ipc=ipc, seed=seed, device=device, memory_limit=limit)
     checkpoints = building.checkpoints()
     pictures: tuple[Picture, ...] = ()
     if saved := checkpoints.newest():
@@ -125,6 +124,7 @@ def distill(
         building.history, pictures = saved.history, saved.pictures
         task.load_state(saved.state)
         yield Notice(f"the distillation goes on from step {saved.step}")
+    yield Notice(f"the distillation runs {task.execution}")
     first_step, started = task.step, time.monotonic()
     pictured = sorted({round(share * task.total) for share in PICTURED})
     while True:
@@ -145,7 +145,7 @@ def distill(
         "images_per_second": (task.total - first_step) * len(task.synthetic.labels) / seconds,
     }
     files = {picture.name: picture.png for picture in pictures}
-    files[IMAGES_FILE] = safetensors.torch.save(to_state(task.synthetic))
+    files[IMAGES_FILE] = safetensors.torch.save(to_state(task.result()))
     result = building.commit(files, {"steps": task.total, **_last(building.history), **rates})
     checkpoints.clear()
     return result
@@ -182,7 +182,7 @@ def full_data(
     """The ceiling: fresh networks on the whole training set."""
     building = Building(site, storage, "full_data", key)
     students = evaluate(
-        dataset.train_images,
+        dataset.train,
         dataset.train_labels,
         dataset,
         model=model,
@@ -195,11 +195,11 @@ def full_data(
     return (yield from _judge(building, students))
 
 
-def publish(site: Site, storage: Storage, _dataset: Dataset, *, key: str, evidence: Evidence, spec: JobSpec) -> Stage:
+def publish(site: Site, storage: Storage, dataset: Dataset, *, key: str, evidence: Evidence, spec: JobSpec) -> Stage:
     """The files of the published set below `distilled/`, `evaluation.json`, and all of it in one zip."""
     building = Building(site, storage, "publish", key)
     yield Progress(0, 1, "set")
-    synthetic, facts = read_synthetic(storage, evidence.distilled), dataset_facts(spec.dataset.name)
+    synthetic, facts = read_synthetic(storage, evidence.distilled), dataset.describe(spec.dataset.facts)
     card = data_card(
         synthetic, facts, seed=spec.seed, rows=evidence.card_rows(spec), recipe=training_script(facts, spec.evaluate[0])
     )

@@ -7,18 +7,18 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from ncfm_core.errors import NcfmError, ResourcesError
-from ncfm_core.spec import ResourcesSpec
+from ncfm_core.spec import DatasetSpec, ResourcesSpec
 from worker.driver.probe import ClusterUnreachableError
 from worker.history import Event, Notice, Stage
 from worker.plan import Kind
 from worker.records import StageResult
+from worker.settings import DataAccess
 from worker.site import Site
 from worker.storage import Storage
 
@@ -132,10 +132,10 @@ def demand(resources: ResourcesSpec, cluster: tuple[Node, ...]) -> Demand:
 
 
 @ray.remote
-def _inspect(name: str, data_dir: str, allow_download: bool, held_out: tuple[float, int] | None) -> tuple[Any, Any]:
+def _inspect(spec: DatasetSpec, access: DataAccess, held_out: tuple[float, int] | None) -> tuple[Any, Any]:
     from worker.stages import inspect
 
-    return inspect(name, data_dir=Path(data_dir), allow_download=allow_download, held_out=held_out)
+    return inspect(spec, access, held_out=held_out)
 
 
 @ray.remote
@@ -151,11 +151,11 @@ def _run_stage(
 
 
 def inspect(
-    name: str, *, data_dir: Path, allow_download: bool, held_out: tuple[float, int] | None, demand: Demand
+    spec: DatasetSpec, access: DataAccess, *, held_out: tuple[float, int] | None, demand: Demand
 ) -> tuple[Any, Any]:
     """References to the facts of a data set and to the data set itself, which other tasks take from the object store."""
-    task = cast(Any, _inspect).options(num_returns=2, num_cpus=demand.cpus, name=f"inspect {name}")
-    facts, dataset = task.remote(name, str(data_dir), allow_download, held_out)
+    task = cast(Any, _inspect).options(num_returns=2, num_cpus=demand.cpus, name=f"inspect {spec.name}")
+    facts, dataset = task.remote(spec, access, held_out)
     return facts, dataset
 
 

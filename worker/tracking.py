@@ -25,6 +25,7 @@ from PIL import Image
 from pydantic import JsonValue
 
 from ncfm_core.errors import TrackingError
+from ncfm_core.spec import DatasetSpec
 from worker.driver.live import RunIdentity, TrialRecord
 from worker.history import Picture, Row
 from worker.settings import Surroundings
@@ -38,10 +39,10 @@ DIGEST_CHARS = 32
 
 
 class _Source(DatasetSource):
-    """Where a data set of the catalog comes from."""
+    """Where a data set comes from: its spec, since the files are where the process keeps them."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, spec: DatasetSpec) -> None:
+        self._spec = spec
 
     @staticmethod
     def _get_source_type() -> str:
@@ -51,8 +52,7 @@ class _Source(DatasetSource):
         """The data set, read from where this process keeps its data (NCFM_DATA_DIR)."""
         from ncfm_core.datasets import load_dataset  # brings torch, which the driver does without
 
-        surroundings = Surroundings()
-        return load_dataset(self._name, data_dir=surroundings.data_dir, allow_download=surroundings.allow_download)
+        return load_dataset(self._spec, **Surroundings().data_access)
 
     @staticmethod
     def _can_resolve(raw_source: Any) -> bool:
@@ -60,22 +60,22 @@ class _Source(DatasetSource):
 
     @classmethod
     def _resolve(cls, raw_source: Any) -> _Source:
-        return cls(str(raw_source))
+        return cls(DatasetSpec.model_validate(raw_source))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self._name}
+        return self._spec.model_dump(mode="json")
 
     @classmethod
     def from_dict(cls, source_dict: dict[str, Any]) -> _Source:
-        return cls(source_dict["name"])
+        return cls(DatasetSpec.model_validate(source_dict))
 
 
 class _Data(MlflowDataset):
     """The inspected data set, as MLflow keeps it beside the run."""
 
-    def __init__(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None:
+    def __init__(self, spec: DatasetSpec, digest: str, facts: Mapping[str, JsonValue]) -> None:
         self._facts, self._given_digest = facts, digest.removeprefix("sha256:")[:DIGEST_CHARS]
-        super().__init__(_Source(name), name=name)
+        super().__init__(_Source(spec), name=spec.name)
 
     def _compute_digest(self) -> str:
         return self._given_digest
@@ -158,13 +158,13 @@ class MlflowRun:
             self._client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
         self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
-    def log_data(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None:
+    def log_data(self, dataset: DatasetSpec, digest: str, facts: Mapping[str, JsonValue]) -> None:
         """Say which data it was; once more changes nothing."""
         with _told(self._server):
             inputs = self._client.get_run(self.run_id).inputs
             if inputs is not None and inputs.dataset_inputs:
                 return
-            entity = _Data(name, digest, facts)._to_mlflow_entity()
+            entity = _Data(dataset, digest, facts)._to_mlflow_entity()
             context = [InputTag("mlflow.data.context", "distillation")]
             self._client.log_batch(self.run_id, tags=[RunTag("ncfm.data_digest", digest)])
             self._client.log_inputs(self.run_id, datasets=[DatasetInput(entity, context)])

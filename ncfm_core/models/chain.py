@@ -20,7 +20,6 @@ class Chain(Network):
     def __init__(self, spec: ModelSpec, *, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
         stages = chain(spec)
-        self.width = stages[0].channels
         self._pools = tuple(stage.pool for stage in stages)
         inputs = (channels, *(stage.channels for stage in stages))
         # Two more pixels on each side make 32 of 28.

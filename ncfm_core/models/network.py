@@ -19,8 +19,6 @@ class Network(nn.Module):
     A subclass builds its layers and then calls `_add_classifier`. Features are not negative: every network ends on ReLU and pool.
     """
 
-    width: int
-    """Channels of the first map, which is the largest."""
     num_features: int
     """Width of the flat features."""
     classifier: nn.Linear

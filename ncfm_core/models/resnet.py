@@ -47,7 +47,7 @@ class ResNet18(Network):
 
     def __init__(self, spec: ModelSpec, *, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
-        self.width = inputs = spec.width
+        inputs = spec.width
         self.conv = nn.Conv2d(channels, spec.width, 3, padding=3 if image_size == 28 else 1, bias=False)
         self.norm = norm_layer(spec.norm, spec.width)
         blocks = []

@@ -47,6 +47,8 @@ class Launch:
             "NCFM_MLFLOW_PUBLIC_URL": settings.mlflow_public_url,
             "NCFM_DATA_DIR": str(settings.data_dir),
             "NCFM_ALLOW_DOWNLOAD": str(settings.allow_download).lower(),
+            "NCFM_CACHE_DIR": str(settings.data_access["cache_dir"]),
+            "NCFM_DATA_MEMORY_GIB": str(settings.data_memory_gib),
         }
         return cls(settings.worker_python, env)
 

@@ -22,6 +22,7 @@ def psi(num_features: int, *, lr: float = 0.05, steps: int = 1) -> ScaleMixture:
         frequency_scale=1.0,
         lr=lr,
         ascent_steps=steps,
+        objective="gap",
         amplitude_weight=0.5,
         device=torch.device("cpu"),
     )

@@ -12,14 +12,16 @@ from ncfm_core import spec as spec_module
 from ncfm_core.catalog import DATASETS
 from ncfm_core.errors import SpecError
 from ncfm_core.spec import JobSpec, NcfmSpec, Part
-from ncfm_core.submission import resolve, submission_schema
+from ncfm_core.submission import check_counts, resolve, submission_schema
+
+FOLDER: dict[str, Any] = {"name": "imagefolder", "uri": "/data/birds.tar.gz", "image_size": 64}
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("ipc", [1, 10, 50])
 def test_resolve_of_a_resolved_spec_gives_it_again(dataset: str, ipc: int) -> None:
     for preset in DATASETS[dataset].presets:
-        spec = resolve({"dataset": dataset, "ipc": ipc, "preset": preset})
+        spec = resolve({"dataset": FOLDER if dataset == "imagefolder" else dataset, "ipc": ipc, "preset": preset})
         assert resolve(spec.document()) == spec
         assert resolve(json.loads(spec.model_dump_json())).digest() == spec.digest()
 
@@ -36,11 +38,35 @@ def test_paper_preset_has_the_published_values() -> None:
 def test_minmax_is_the_default_everywhere() -> None:
     for name, facts in DATASETS.items():
         for preset in facts.presets:
-            assert resolve({"dataset": name, "ipc": 1, "preset": preset}).method.sampler == "scale_mixture"
+            dataset = FOLDER if name == "imagefolder" else name
+            assert resolve({"dataset": dataset, "ipc": 1, "preset": preset}).method.sampler == "scale_mixture"
+
+
+@pytest.mark.parametrize(
+    ("image_size", "depth"), [(8, 2), (16, 3), (28, 3), (32, 3), (50, 4), (64, 4), (128, 5), (224, 6), (256, 6)]
+)
+def test_network_is_as_deep_as_the_images_allow(image_size: int, depth: int) -> None:
+    spec = resolve({"dataset": FOLDER | {"image_size": image_size}, "ipc": 1})
+    assert spec.model.depth == depth
+    resolve({"dataset": FOLDER | {"image_size": 28}, "ipc": 1, "model": {"depth": 5}})
+
+
+def test_counts_that_are_assumed_bound_nothing_until_the_data_are_counted() -> None:
+    spec = resolve({"dataset": FOLDER, "ipc": 5000})
+    assert spec.dataset.facts.title == "birds, 64x64 colour"
+    check_counts(spec, (9000, 5000))
+    with pytest.raises(SpecError, match=r"smallest class of imagefolder has .4999.*Choose 1 to 4999") as caught:
+        check_counts(spec, (9000, 4999))
+    assert (caught.value.problems[0].field, caught.value.problems[0].value) == ("ipc", "5000")
+
+
+def test_spec_without_own_data_says_nothing_of_them() -> None:
+    assert resolve({"dataset": "digits", "ipc": 1}).document()["dataset"] == {"name": "digits"}
+    assert resolve({"dataset": FOLDER, "ipc": 1}).document()["dataset"] == FOLDER
 
 
 def test_digits_never_flip() -> None:
-    for name in ("digits", "mnist"):
+    for name in ("digits", "mnist", "svhn"):
         text = json.dumps(resolve({"dataset": name, "ipc": 1}).document())
         assert '"flip"' not in text
 
@@ -151,6 +177,16 @@ BAD: list[tuple[Any, str, str]] = [
     ),
     ({"dataset": "digits", "ipc": 1, "search": {"space": {"image_lr": {"uniform": [2, 1]}}}}, "search.space", "below"),
     ([1], "", "object"),
+    ({"dataset": "imagefolder", "ipc": 1}, "dataset", "needs uri"),
+    ({"dataset": {"name": "imagefolder", "uri": "/x"}, "ipc": 1}, "dataset", "needs image_size"),
+    ({"dataset": {"name": "digits", "uri": "/x"}, "ipc": 1}, "dataset", "uri belongs to imagefolder"),
+    ({"dataset": {"name": "digits", "image_size": 64}, "ipc": 1}, "dataset", "image_size belongs to imagefolder"),
+    ({"dataset": FOLDER | {"uri": "s3://bucket/birds.tar"}, "ipc": 1}, "dataset.uri", "s3:// cannot be read"),
+    ({"dataset": FOLDER | {"uri": ""}, "ipc": 1}, "dataset.uri", "at least 1"),
+    ({"dataset": FOLDER | {"uri": "a\n"}, "ipc": 1}, "dataset.uri", ""),
+    ({"dataset": FOLDER | {"image_size": 7}, "ipc": 1}, "dataset.image_size", "8 or more"),
+    ({"dataset": FOLDER | {"image_sise": 7}, "ipc": 1}, "dataset.image_sise", "'image_size'"),
+    ({"dataset": FOLDER | {"image_size": 20}, "ipc": 1, "model": {"depth": 5}}, "model.depth", "at most 4"),
 ]
 
 

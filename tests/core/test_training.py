@@ -188,3 +188,6 @@ def test_logits_of_a_pool_are_those_of_the_trained_network_in_evaluation_mode(di
     )
     model.load_state_dict(calibrate)
     torch.testing.assert_close(pool.logits(calibrate, images), model.eval()(images))
+    labels = pool.label(images)
+    torch.testing.assert_close(labels.logsumexp(1), torch.zeros(20), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pool.label(images[:5]), labels[:5], atol=1e-5, rtol=1e-4)

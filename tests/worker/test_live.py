@@ -10,6 +10,7 @@ import pytest
 from pydantic import JsonValue
 
 from ncfm_core.errors import TrackingError
+from ncfm_core.spec import DatasetSpec
 from worker.driver import live
 from worker.driver.live import Rows, Story, Tracker, TrialRecord
 from worker.history import Picture, Row
@@ -39,9 +40,9 @@ class MemoryRun:
         if self.away.is_set():
             raise TrackingError.of("mlflow_url", "memory://", "away", "")
 
-    def log_data(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None:
+    def log_data(self, dataset: DatasetSpec, digest: str, facts: Mapping[str, JsonValue]) -> None:
         self._ask()
-        self.data.append(name)
+        self.data.append(dataset.name)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._ask()
@@ -98,7 +99,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_arrive_while_the_job_runs() -> None:
     run, opened = MemoryRun(), []
     tracker = Tracker(run.connect, on_open=lambda run_id, url: opened.append((run_id, url)))
-    tracker.describe_data("digits", "sha256:0", {})
+    tracker.describe_data(DatasetSpec(name="digits"), "sha256:0", {})
     tracker.offer_row("distill/", row(1))
     tracker.offer_picture(Picture(0, b"a"))
     tracker.offer_tags({"ncfm.stage": "distill"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ncfm_core.errors import TrackingError
+from ncfm_core.spec import DatasetSpec
 from ncfm_core.submission import resolve
 from worker.driver.live import RunIdentity
 from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _Data, _pictured_step, as_text, flatten
@@ -45,6 +46,6 @@ def test_server_that_is_away_is_one_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_logged_data_set_can_be_loaded_again_and_keeps_its_digest() -> None:
-    data = _Data("digits", "sha256:" + "a" * 64, {"num_train": 1297})
+    data = _Data(DatasetSpec(name="digits"), "sha256:" + "a" * 64, {"num_train": 1297})
     assert data.digest == "a" * 32
     assert data.source.load().train_images.shape == (1297, 1, 8, 8)

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from ncfm_core.progress import Progress
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import check_counts
 from worker import tasks
 from worker.driver.live import Tracker, TrialRecord
 from worker.driver.orders import distill_orders, evidence, teacher_orders
@@ -92,6 +93,7 @@ class Attempt:
             storage_url=self._storage.url,
             device=demand.device,
             threads=demand.cpus,
+            memory_limit=self._job.spec.resources.memory_limit,
             checkpoint=self._job.spec.checkpoint,
             code_version=code_version(),
         )
@@ -101,19 +103,17 @@ class Attempt:
         spec, reporter = self._job.spec, self._reporter
         reporter.begin("inspect", "data")
         facts_reference, dataset = tasks.inspect(
-            spec.dataset.name,
-            data_dir=self._surroundings.data_dir,
-            allow_download=self._surroundings.allow_download,
-            held_out=held_out(spec),
-            demand=demand,
+            spec.dataset, self._surroundings.data_access, held_out=held_out(spec), demand=demand
         )
         facts: DataFacts = tasks.fetch(facts_reference)
         reporter.board.finished("inspect", "data", cached=False)
         reporter.say(
-            f"{spec.dataset.name}: {facts.num_train} training and {facts.num_test} test images, {facts.digest}"
+            f"{spec.dataset.name}: {len(facts.class_counts)} classes, {facts.num_train} training and {facts.num_test} test "
+            f"images, split {facts.split}, {facts.ignored_files} other files ignored, {facts.digest}"
         )
         if self._tracker is not None:
-            self._tracker.describe_data(spec.dataset.name, facts.digest, facts.model_dump(mode="json"))
+            self._tracker.describe_data(spec.dataset, facts.digest, facts.model_dump(mode="json"))
+        check_counts(spec, facts.class_counts)
         return facts, dataset
 
     def _search(self, pool: Pool, needed: Plan, dataset: object, demand: tasks.Demand) -> StageResult | None:

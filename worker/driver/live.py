@@ -16,6 +16,7 @@ from typing import Protocol
 from pydantic import JsonValue
 
 from ncfm_core.errors import TrackingError
+from ncfm_core.spec import DatasetSpec
 from worker.history import Picture, Row
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Run(Protocol):
     run_id: str
     url: str
 
-    def log_data(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None: ...
+    def log_data(self, dataset: DatasetSpec, digest: str, facts: Mapping[str, JsonValue]) -> None: ...
 
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
@@ -113,7 +114,7 @@ class Tracker:
         """
         self._connect, self._on_open, self._patience_s = connect, on_open, patience_s
         self._run: Run | None = None
-        self._data: tuple[str, str, Mapping[str, JsonValue]] | None = None
+        self._data: tuple[DatasetSpec, str, Mapping[str, JsonValue]] | None = None
         self._data_logged = False
         self._waiting = _Waiting()
         self._lock = threading.Lock()
@@ -121,8 +122,8 @@ class Tracker:
         self._thread = threading.Thread(target=self._send_live, name="tracker", daemon=True)
         self._thread.start()
 
-    def describe_data(self, name: str, digest: str, facts: Mapping[str, JsonValue]) -> None:
-        self._data = (name, digest, facts)
+    def describe_data(self, dataset: DatasetSpec, digest: str, facts: Mapping[str, JsonValue]) -> None:
+        self._data = (dataset, digest, facts)
 
     def offer_row(self, prefix: str, row: Row) -> None:
         with self._lock:

@@ -1,0 +1,120 @@
+"""Compare settings of the method on data that none of them has seen: paired seeds, one JSON line a run; goes on where it stopped.
+
+    python examples/ablation.py --dataset digits --ipc 10 --seeds 0,1,2 --out digits.jsonl --held-out \
+        '{"sampler": "gaussian", "calibration_weight": 10}' '{"sampler": "scale_mixture", "calibration_weight": 10}'
+
+Each variant is laid over the method of `preset: quick`. With --held-out a fifth of the training data judges, and the test set is
+never looked at: choose there, then run the chosen ones without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ncfm_core.datasets import Dataset, load_dataset
+from ncfm_core.distill import Distillation
+from ncfm_core.evaluate import evaluate
+from ncfm_core.pools import TeacherPool, TeacherTraining
+from ncfm_core.spec import JobSpec, digest
+from ncfm_core.submission import resolve
+
+CPU = torch.device("cpu")
+
+
+def teachers(dataset: Dataset, spec: JobSpec, folder: Path) -> TeacherPool:
+    """The pool, from the folder where it is there already."""
+    weights = []
+    for index in range(spec.teachers.count):
+        key = digest([dataset.digest, spec.model.model_dump(mode="json"), spec.teachers.model_dump(mode="json"), index])
+        path = folder / f"teacher-{key.removeprefix('sha256:')[:24]}.safetensors"
+        if not path.exists():
+            task = TeacherTraining(dataset, spec.model, spec.teachers.training, seed=0, index=index, device=CPU)
+            for _ in task.run():
+                pass
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            safetensors.torch.save_file(task.result(), partial)
+            partial.rename(path)
+        weights.append(safetensors.torch.load_file(path))
+    return TeacherPool(spec.model, dataset, weights, CPU)
+
+
+def judged(dataset: Dataset, spec: JobSpec, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, ...]:
+    """Last accuracies of fresh students."""
+    entry = spec.evaluate[0]
+    steps = evaluate(
+        images,
+        labels,
+        dataset,
+        model=entry.model,
+        training=entry.training,
+        students=entry.students,
+        tests=1,
+        seed=spec.seed,
+        device=CPU,
+    )
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            last: tuple[float, ...] = stop.value.last
+            return last
+
+
+def run(dataset: Dataset, spec: JobSpec, folder: Path) -> dict[str, Any]:
+    pool = teachers(dataset, spec, folder)
+    started = time.perf_counter()
+    task = Distillation(dataset, pool, spec.method, ipc=spec.ipc, seed=spec.seed, device=CPU)
+    for _ in task.run():
+        pass
+    seconds = time.perf_counter() - started
+    accuracies = judged(dataset, spec, *task.result().decode())
+    return {"accuracy": statistics.fmean(accuracies), "students": accuracies, "distill_seconds": round(seconds, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--ipc", type=int, required=True)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--students", type=int, default=3)
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--cache", type=Path, default=Path("ablation-cache"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--base", type=json.loads, default={}, help="submission that every variant shares")
+    parser.add_argument("variants", nargs="+", type=json.loads)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    dataset = load_dataset(asked.dataset, data_dir=asked.data)
+    if asked.held_out:
+        dataset = dataset.hold_out(0.2, seed=0)
+    done = {json.loads(line)["run"] for line in asked.out.read_text().splitlines()} if asked.out.exists() else set()
+    for seed in map(int, asked.seeds.split(",")):
+        for variant in asked.variants:
+            body = {"dataset": asked.dataset, "ipc": asked.ipc, "preset": "quick", "seed": seed} | asked.base
+            body["method"] = asked.base.get("method", {}) | variant
+            body["evaluate"] = [{"students": asked.students}]
+            spec = resolve(body)
+            key = digest([spec.document(), asked.held_out])
+            if key in done:
+                continue
+            line = {"run": key, "dataset": asked.dataset, "ipc": asked.ipc, "seed": seed, "variant": body["method"]}
+            line |= {"held_out": asked.held_out, "torch": torch.__version__} | run(dataset, spec, asked.cache)
+            with asked.out.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+            sys.stdout.write(f"{seed} {variant} {line['accuracy']:.2f} in {line['distill_seconds']} s\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""How a distillation is carried out: how much goes through a network at once, in what pieces, compiled or not.
+
+None of it is part of a result's key. It may move the last bits, so a state records it and a resumed run keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+"""Largest activation of a chunk. A core's caches hold 8 MiB: chunks of that size run twice as fast there as large ones, whose
+activations are fetched from memory, and paged in, for every operation."""
+BLOCK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+"""Activations kept for one backward pass."""
+BLOCK_SHARE, CHUNK_SHARE = 0.5, 1 / 16
+"""Of a memory limit, where one is set."""
+COMPILE_OPERATIONS = {"cpu": 1e13, "cuda": 1e15}
+"""Compiling takes 20 to 60 seconds; below this many floating-point operations it is not earned back."""
+
+Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
+"""From weights and images to features or logits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    chunk: int
+    """Images that go through a network at once."""
+    block: int
+    """Classes whose gradient is computed at once."""
+    recompute: bool
+    """Whether a chunk's activations are computed a second time in the backward pass instead of kept."""
+    compiled: bool
+    """Whether networks go through `torch.compile`."""
+
+    def __str__(self) -> str:
+        kept = "recomputed in the backward pass" if self.recompute else "kept"
+        how = "compiled" if self.compiled else "eager"
+        return f"{how}, {self.chunk} images a forward, {self.block} classes a gradient, activations {kept}"
+
+    def halved(self) -> Execution:
+        """Half as much at once."""
+        if self.block > 1:
+            return replace(self, block=self.block // 2, chunk=max(1, self.chunk // 2))
+        return replace(self, chunk=max(1, self.chunk // 2), recompute=True)
+
+    def encode(self) -> Tensor:
+        """As int64 of shape (4,), for a state."""
+        return torch.tensor([self.chunk, self.block, int(self.recompute), int(self.compiled)])
+
+    @classmethod
+    def decode(cls, encoded: Tensor) -> Execution:
+        chunk, block, recompute, compiled = encoded.tolist()
+        return cls(chunk=chunk, block=block, recompute=bool(recompute), compiled=bool(compiled))
+
+
+def choose(
+    features: Forward,
+    weights: dict[str, Tensor],
+    *,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    images_per_class: int,
+    device: torch.device,
+    forwards: float,
+    memory_limit: int | None,
+    together: bool,
+    compiled: bool | None,
+) -> Execution:
+    """The execution for a network, found by sending two images through it.
+
+    Args:
+        features: what will be run.
+        weights: of one network.
+        image_shape: (channels, H, W).
+        num_classes: C.
+        images_per_class: decoded synthetic images of a class.
+        device: where it will run.
+        forwards: images that will go forward in all, for the choice to compile.
+        memory_limit: bytes that a step's activations may take; None for what is fast on the device.
+        together: whether images influence each other (batch statistics), so that nothing may be cut.
+        compiled: None to compile where it pays.
+    """
+    kept, largest, operations = _probe(features, weights, image_shape, device)
+    chunk_bytes, block_bytes = CHUNK_BYTES[device.type], BLOCK_BYTES[device.type]
+    if memory_limit is not None:
+        chunk_bytes = min(chunk_bytes, int(memory_limit * CHUNK_SHARE))
+        block_bytes = int(memory_limit * BLOCK_SHARE)
+    if compiled is None:
+        compiled = operations * forwards >= COMPILE_OPERATIONS[device.type] and compiler_exists(device)
+    if together:
+        return Execution(chunk=1 << 30, block=num_classes, recompute=False, compiled=compiled)
+    return Execution(
+        chunk=max(1, chunk_bytes // largest),
+        block=min(num_classes, max(1, block_bytes // (kept * images_per_class))),
+        recompute=kept * images_per_class > block_bytes,
+        compiled=compiled,
+    )
+
+
+def compiler_exists(device: torch.device) -> bool:
+    """Whether `torch.compile` has what it needs: a C++ compiler on the CPU, Triton on a GPU."""
+    if device.type == "cuda":
+        return find_spec("triton") is not None
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+def _probe(
+    features: Forward, weights: dict[str, Tensor], image_shape: tuple[int, int, int], device: torch.device
+) -> tuple[int, int, float]:
+    """Bytes that an image keeps for the backward pass, those of its largest activation, and operations of its forward pass."""
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 4 and len(tensor) == 2:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    images = torch.zeros((2, *image_shape), device=device, requires_grad=True)
+    counter = FlopCounterMode(display=False)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), counter:
+        # Held, so that no storage is freed and its address given to the next.
+        held = features(weights, images)
+    least = 4 * math.prod(image_shape)
+    kept = max(least, sum(seen.values()) // 2)
+    largest = max(least, max(seen.values(), default=0) // 2)
+    del held
+    return kept, largest, counter.get_total_flops() / 2
+
+
+def in_chunks(forward: Forward, weights: dict[str, Tensor], images: Tensor, execution: Execution) -> Tensor:
+    """A network's output for images of any number, chunk by chunk, with or without gradient.
+
+    Args:
+        forward: of the network.
+        weights: of the network.
+        images: shape (N, channels, H, W).
+        execution: chunk size, and whether activations are recomputed.
+    """
+    pieces = even_chunks(images, execution.chunk)
+    if execution.recompute and torch.is_grad_enabled():
+        outputs = [checkpoint(forward, weights, piece, use_reentrant=False) for piece in pieces]
+    else:
+        outputs = [forward(weights, piece) for piece in pieces]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def even_chunks(images: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    """Cut along the first dimension into pieces of at most `chunk`, as equal as they can be.
+
+    Pieces of one size where the number allows: each other size would be compiled apart.
+    """
+    number = len(images)
+    if number <= chunk:
+        return (images,)
+    exact = next((size for size in range(chunk, chunk // 2, -1) if number % size == 0), None)
+    return torch.split(images, exact or math.ceil(number / math.ceil(number / chunk)))

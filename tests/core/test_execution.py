@@ -1,0 +1,162 @@
+"""How a step is cut up must not change what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncfm_core.datasets import Dataset
+from ncfm_core.distill import Distillation
+from ncfm_core.errors import ResourcesError
+from ncfm_core.execution import Execution, choose, compiler_exists, even_chunks
+from ncfm_core.pools import TeacherPool
+from ncfm_core.rng import generator
+from ncfm_core.spec import JobSpec, NcfmSpec
+from ncfm_core.submission import resolve
+
+CPU = torch.device("cpu")
+
+
+def method(spec: JobSpec, **changes: Any) -> NcfmSpec:
+    return resolve(spec.document() | {"method": spec.document()["method"] | changes}).method  # type: ignore[operator]
+
+
+def distilled(
+    digits: Dataset, pool: TeacherPool, method: NcfmSpec, execution: dict[str, Any], *, steps: int = 3
+) -> Distillation:
+    run = Distillation(digits, pool, method, ipc=2, seed=0, device=CPU)
+    run._carry_out(replace(run.execution, **execution))
+    for _ in run.run(until=steps):
+        pass
+    return run
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [{"block": 1}, {"block": 3}, {"chunk": 3}, {"chunk": 5, "block": 4, "recompute": True}, {"recompute": True}],
+)
+@pytest.mark.parametrize("discrepancy", ["characteristic", "mean"])
+def test_blocks_chunks_and_recomputing_give_the_same_images(
+    digits: Dataset, pool: TeacherPool, spec: JobSpec, execution: dict[str, Any], discrepancy: str
+) -> None:
+    changes = method(spec, discrepancy=discrepancy)
+    whole = distilled(digits, pool, changes, {"block": 10, "chunk": 10_000, "recompute": False})
+    cut = distilled(digits, pool, changes, execution)
+    torch.testing.assert_close(cut.synthetic.images, whole.synthetic.images, atol=2e-5, rtol=1e-4)
+
+
+def test_joint_gradient_is_that_of_each_class_alone(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    """A class's gradient is the same whichever classes stand in its block (methods of one step per class are the case of one)."""
+    joint, apart = (Distillation(digits, pool, method(spec), ipc=2, seed=0, device=CPU) for _ in range(2))
+    for run, block in ((joint, 10), (apart, 1)):
+        run._carry_out(replace(run.execution, block=block))
+        run._open_draw()
+    torch.testing.assert_close(joint._gradient()[0], apart._gradient()[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo, which looks at its inputs
+@pytest.mark.skipif(not compiler_exists(CPU), reason="no C++ compiler on this machine")
+def test_compiled_networks_give_the_same_images(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    eager, compiled = (distilled(digits, pool, method(spec), {"compiled": each}) for each in (False, True))
+    assert compiled.execution.compiled
+    torch.testing.assert_close(compiled.synthetic.images, eager.synthetic.images, atol=1e-3, rtol=1e-3)
+
+
+class Scarce:
+    """A network that fails like a full memory whenever more than `most` images go through it at once."""
+
+    def __init__(self, pool: TeacherPool, most: int, error: Exception) -> None:
+        self.pool, self.most, self.error, self.failed = pool, most, error, 0
+
+    def features(self, weights: dict[str, Tensor], images: Tensor) -> Tensor:
+        if len(images) > self.most:
+            self.failed += 1
+            raise self.error
+        return TeacherPool.features(self.pool, weights, images)
+
+
+FULL = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_full_memory_is_tried_once_more_with_half_as_much(
+    digits: Dataset, pool: TeacherPool, spec: JobSpec, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Distillation(digits, pool, method(spec), ipc=2, seed=0, device=CPU)
+    run._carry_out(replace(run.execution, chunk=64, block=10))
+    scarce = Scarce(pool, 40, error)
+    monkeypatch.setattr(run, "_features_forward", scarce.features)
+    monkeypatch.setattr(run, "_carry_out", lambda execution: setattr(run, "execution", execution))
+    for _ in run.run(until=2):
+        pass
+    assert (run.broken, scarce.failed) == (1, 1)
+    assert run.execution.chunk == 32
+
+
+def test_memory_that_stays_full_names_the_knob(
+    digits: Dataset, pool: TeacherPool, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Distillation(digits, pool, method(spec), ipc=2, seed=0, device=CPU)
+    before = run.synthetic.images.detach().clone()
+    monkeypatch.setattr(run, "_features_forward", Scarce(pool, 0, FULL[0]).features)
+    with pytest.raises(ResourcesError, match=r"resources\.memory_limit: .*even with"):
+        list(run.run(until=1))
+    assert torch.equal(run.synthetic.images, before)
+
+
+def test_other_errors_are_not_taken_for_a_full_memory(
+    digits: Dataset, pool: TeacherPool, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Distillation(digits, pool, method(spec), ipc=2, seed=0, device=CPU)
+    monkeypatch.setattr(run, "_features_forward", Scarce(pool, 0, RuntimeError("shapes do not fit")).features)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        list(run.run(until=1))
+    assert run.broken == 0
+
+
+def chosen(pool: TeacherPool, **changes: Any) -> Execution:
+    arguments: dict[str, Any] = {
+        "image_shape": (1, 8, 8),
+        "num_classes": 10,
+        "images_per_class": 400,
+        "device": CPU,
+        "forwards": 1e6,
+        "memory_limit": None,
+        "together": False,
+        "compiled": False,
+    }
+    weights = pool.draw(generator(0, "weights")).match
+    return choose(pool.features, weights, **(arguments | changes))
+
+
+def test_memory_limit_makes_pieces_smaller_down_to_recomputing(pool: TeacherPool) -> None:
+    free, some, least = (chosen(pool, memory_limit=limit) for limit in (None, 32 << 20, 1 << 20))
+    assert free.block >= some.block > least.block == 1
+    assert free.chunk >= some.chunk > least.chunk >= 1
+    assert least.recompute and not some.recompute
+
+
+def test_networks_with_batch_statistics_are_never_cut(pool: TeacherPool) -> None:
+    execution = chosen(pool, together=True, memory_limit=1 << 20)
+    assert execution.block == 10 and execution.chunk > 1e6 and not execution.recompute
+
+
+def test_compiling_is_for_long_runs(pool: TeacherPool) -> None:
+    assert not chosen(pool, compiled=None, forwards=1e3).compiled
+    assert chosen(pool, compiled=None, forwards=1e12).compiled == compiler_exists(CPU)
+
+
+def test_execution_survives_its_encoding() -> None:
+    execution = Execution(chunk=7, block=3, recompute=True, compiled=False)
+    assert Execution.decode(execution.encode()) == execution
+
+
+@pytest.mark.parametrize(
+    ("number", "chunk", "sizes"), [(10, 16, {10}), (640, 16, {16}), (650, 16, {13}), (31, 16, {16, 15})]
+)
+def test_chunks_are_equal_where_the_number_allows(number: int, chunk: int, sizes: set[int]) -> None:
+    assert {len(piece) for piece in even_chunks(torch.zeros(number, 1), chunk)} == sizes
