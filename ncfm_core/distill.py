@@ -26,7 +26,7 @@ from ncfm_core.discrepancy import (
     characteristic_function_by_class,
 )
 from ncfm_core.errors import CheckpointError, ResourcesError
-from ncfm_core.execution import Execution, choose, even_chunks, in_chunks
+from ncfm_core.execution import Execution, choose, even_chunks, for_inference, in_chunks
 from ncfm_core.frequencies import FrequencySampler, Gaussian, ScaleMixture
 from ncfm_core.pools import Extractors, TeacherPool
 from ncfm_core.progress import Progress
@@ -151,7 +151,9 @@ class Distillation:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-        self.execution = self.execution.halved()
+        if not self._pool.batch_statistics:
+            # Images of a batch-norm network influence each other: for those the second try only finds a cache emptied.
+            self.execution = self.execution.halved()
         self.broken += 1
         if self.synthetic.images.is_cuda:
             torch.cuda.empty_cache()
@@ -277,7 +279,7 @@ class Distillation:
         low = self._method.precision == "bfloat16"
         features = []
         for piece in even_chunks(chosen.flatten().to(device), self.execution.chunk):
-            images = augmentation(self._dataset.normalise(self._dataset.take(piece)))
+            images = for_inference(augmentation(self._dataset.normalise(self._dataset.take(piece))), self.execution)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                 features.append(self._features_forward(extractors.match, images).to(torch.float32))
         return self._by_class(torch.cat(features))

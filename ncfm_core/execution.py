@@ -26,6 +26,9 @@ BLOCK_SHARE, CHUNK_SHARE = 0.5, 1 / 16
 COMPILE_OPERATIONS = {"cpu": 1e13, "cuda": 1e15}
 """Compiling takes 20 to 60 seconds; below this many floating-point operations it is not earned back."""
 
+LAYOUT_FROM = 28
+"""Pixels a side from which the memory layout matters."""
+
 Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 """From weights and images to features or logits."""
 
@@ -163,3 +166,14 @@ def even_chunks(images: Tensor, chunk: int) -> tuple[Tensor, ...]:
         return (images,)
     exact = next((size for size in range(chunk, chunk // 2, -1) if number % size == 0), None)
     return torch.split(images, exact or math.ceil(number / math.ceil(number / chunk)))
+
+
+def for_inference(images: Tensor, execution: Execution) -> Tensor:
+    """The images in the memory layout that is fastest where no gradient is asked for.
+
+    Channels last takes a third off an uncompiled ConvNet on the CPU; small or grey images, and compiled networks, gain nothing.
+    """
+    _, channels, height, _ = images.shape
+    if execution.compiled or images.is_cuda or channels < 3 or height < LAYOUT_FROM:
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
