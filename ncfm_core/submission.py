@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, JsonValue, ValidationError
@@ -16,8 +16,9 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from ncfm_core import presets
 from ncfm_core.catalog import DATASETS, DatasetFacts, PresetName, dataset_facts, nearest
 from ncfm_core.errors import Problem, SpecError, shorten
-from ncfm_core.presets import Document, overlay
-from ncfm_core.spec import JobSpec
+from ncfm_core.presets import overlay
+from ncfm_core.protocols import PROTOCOLS, RATE_FRACTION, Document, held_out_count, protocol
+from ncfm_core.spec import JobSpec, NcfmSpec
 
 _NAMED = ("dataset", "method", "model")
 """Parts that may be given by their name alone."""
@@ -63,16 +64,28 @@ def _preset(document: Mapping[str, JsonValue], facts: DatasetFacts) -> PresetNam
     return known[0]
 
 
-def _evaluations(given: JsonValue, default: Document, model: JsonValue) -> JsonValue:
-    """Each entry laid over the preset's; one whose training was changed by hand is no longer that protocol."""
-    default = default | {"model": model}
+def _evaluations(given: JsonValue, default: Document, model: JsonValue, recipe: Callable[[str], Document]) -> JsonValue:
+    """Each entry laid over its protocol, or the preset's; one whose training was changed by hand is no longer that protocol.
+
+    Args:
+        given: `evaluate` as submitted.
+        default: the preset's entry.
+        model: the job's network.
+        recipe: the entry of a protocol.
+    """
     if not isinstance(given, list):
-        return [default] if given is None else given
+        return [default | {"model": model}] if given is None else given
     entries: list[JsonValue] = []
     for entry in given:
         if isinstance(entry, dict):
-            entry = overlay(default, entry | ({"model": _named(entry["model"])} if "model" in entry else {}))
-            if entry["training"] != default["training"] and entry["protocol"] == default["protocol"]:
+            named = entry.get("protocol")
+            base = (recipe(named) if isinstance(named, str) and named in PROTOCOLS else default) | {"model": model}
+            training = entry.get("training")
+            if isinstance(training, dict) and "lr" in training and "lr_grid" not in entry:
+                entry = entry | {"lr_grid": []}  # a rate set by hand is meant to be used
+            entry = overlay(base, entry | ({"model": _named(entry["model"])} if "model" in entry else {}))
+            changed = any(entry[name] != base[name] for name in ("training", "lr_grid"))
+            if changed and entry["protocol"] == base["protocol"]:
                 entry["protocol"] = "custom"
         entries.append(entry)
     return entries
@@ -85,7 +98,11 @@ def _complete(document: Mapping[str, JsonValue]) -> tuple[Document, DatasetFacts
     given: Document = dict(document) | {name: _named(document[name]) for name in _NAMED if name in document}
     evaluations = given.pop("evaluate", None)
     complete: Document = overlay(presets.preset(name, facts), given)
-    complete["evaluate"] = _evaluations(evaluations, presets.evaluation(name, facts), complete["model"])
+    ipc = complete.get("ipc")
+    default = presets.evaluation(name, facts, ipc)
+    complete["evaluate"] = _evaluations(
+        evaluations, default, complete["model"], lambda named: protocol(named, facts, ipc)
+    )
     method, search = complete["method"], complete["search"]
     if isinstance(search, dict) and isinstance(method, dict):
         complete["search"] = presets.SEARCH | {"steps": method.get("steps")} | search
@@ -144,8 +161,35 @@ def _check_fit(spec: JobSpec, facts: DatasetFacts) -> None:
                 )
             )
     problems.extend(_check_space(spec))
+    problems.extend(_check_judging(spec, facts))
     if problems:
         raise SpecError(*problems)
+
+
+def has_soft_labels(method: NcfmSpec) -> bool:
+    """Whether the sets of a method carry teacher logits beside their classes."""
+    return False
+
+
+def _check_judging(spec: JobSpec, facts: DatasetFacts) -> list[Problem]:
+    """Losses need the labels that they compare with, and a rate is chosen on images that are left over."""
+    problems = []
+    for name, training in (("teachers", spec.teachers.training), ("full_data", spec.full_data.training)):
+        if training.needs_soft_labels:
+            problem = "real images have classes and no teacher logits"
+            problems.append(Problem(f"{name}.training.loss", repr(training.loss), problem, "Use cross_entropy."))
+    most = facts.smallest_class - held_out_count(facts.smallest_class, RATE_FRACTION)
+    for index, entry in enumerate(spec.evaluate):
+        if entry.training.needs_soft_labels and not has_soft_labels(spec.method):
+            field, value = ("protocol", "apm") if entry.protocol == "apm" else ("training.loss", entry.training.loss)
+            problem = f"needs soft labels (teacher logits), and a set of method {spec.method.name} has none"
+            hint = "Judge it by another protocol, such as dc or ncfm."
+            problems.append(Problem(f"evaluate.{index}.{field}", repr(value), problem, hint))
+        if entry.lr_grid and spec.ipc > most:
+            problem = f"the rate is chosen on real images apart from the baseline's, of which {most} a class are left"
+            hint = f"Leave lr_grid empty, or choose an ipc of 1 to {most}."
+            problems.append(Problem(f"evaluate.{index}.lr_grid", str(spec.ipc), problem, hint))
+    return problems
 
 
 def _check_space(spec: JobSpec) -> list[Problem]:

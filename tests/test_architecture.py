@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ncfm_core", "worker", "service")
 STDLIB = frozenset(sys.stdlib_module_names)
 
-TORCH_FREE = frozenset({"spec", "catalog", "presets", "submission", "errors", "cost", "progress", "__init__"})
+TORCH_FREE = frozenset(
+    {"spec", "catalog", "presets", "protocols", "submission", "errors", "cost", "progress", "ranking", "__init__"}
+)
 """Modules of ncfm_core that the service may use."""
 LIGHT = frozenset({"plan", "storage", "records", "settings", "spec_file", "__init__"})
 """Modules of worker that the service may use."""
