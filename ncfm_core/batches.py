@@ -78,6 +78,10 @@ class Batches:
         """Height and width."""
         return self._images.shape[2], self._images.shape[3]
 
+    def example(self) -> Tensor:
+        """One image as a network sees it, without augmentation, shape (1, channels, H, W)."""
+        return self._images[:1] if self._normalised else self._dataset.normalise(self._images[:1])
+
     def order(self, epoch: int, *, seed: int, stream: str) -> Tensor:
         """In which the images come in an epoch, int64 of shape (N,)."""
         order = torch.randperm(len(self._labels), generator=generator(seed, f"{stream}/order", epoch))

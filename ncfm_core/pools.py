@@ -138,6 +138,16 @@ class TeacherPool:
         match = {name: torch.lerp(stack[index], trained[name], beta) for name, stack in self._initial.items()}
         return Extractors(match=match, calibrate=trained)
 
+    def trained(self, index: int) -> Weights:
+        """The trained end of one teacher."""
+        return {name: stack[index] for name, stack in self._trained.items()}
+
+    @torch.no_grad()
+    def raw_features(self, weights: Weights, images: Tensor) -> Tensor:
+        """Flat features of shape (N, num_features), of their own length, without gradients."""
+        features: Tensor = torch.func.functional_call(self.network, weights, (images,), {"features_only": True})
+        return features
+
     def features(self, weights: Weights, images: Tensor) -> Tensor:
         """Flat features of shape (N, num_features), each of length 1 (as the authors' code has it).
 
