@@ -1,6 +1,6 @@
 """What a training sees at each step: which images, how augmented and mixed, and the loss on them.
 
-All of it is drawn from (seed, stream, step) alone, so networks that are trained apart and networks that are trained at once see the same.
+All of it is drawn from (seed, stream, step) alone: networks see the same whether they are trained apart or at once.
 """
 
 from __future__ import annotations

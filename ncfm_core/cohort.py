@@ -136,7 +136,7 @@ def _has_grouped_form(network: nn.Module) -> bool:
 
 def _grouped(network: ConvNet) -> Forward:
     """A ConvNet's students side by side in the channels: grouped convolutions, without the copies that `vmap` makes."""
-    paddings = [conv.padding for conv in network.convs]
+    paddings = [conv.padding for conv in network.convs if isinstance(conv, nn.Conv2d)]
     groups = [norm.num_groups if isinstance(norm, nn.GroupNorm) else 0 for norm in network.norms]
 
     def forward(parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from ncfm_core.datasets import Dataset
 from ncfm_core.errors import SpecError
 from ncfm_core.pools import TeacherPool
 from ncfm_core.rng import generator
-from ncfm_core.spec import BaselineName
+from ncfm_core.spec import CoresetName
 
 CHUNK = 1000
 """Images in one forward."""
@@ -30,7 +30,7 @@ def random_real(dataset: Dataset, *, ipc: int, seed: int) -> tuple[Tensor, Tenso
 
 
 def coreset(
-    name: BaselineName, dataset: Dataset, pool: TeacherPool, *, ipc: int, device: torch.device
+    name: CoresetName, dataset: Dataset, pool: TeacherPool, *, ipc: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`ipc` real images of each class, chosen in the feature space of a trained network; nothing is drawn.
 

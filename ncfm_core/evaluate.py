@@ -1,4 +1,4 @@
-"""How good a set is: fresh students trained on it, tested on the test set, next to real images chosen by a rule and the full data."""
+"""How good a set is: fresh students trained on it, tested on the test set, next to real images and the full data."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def choose_rate(
     found: dict[float, float] = {}
     for rate in rates:
         recipe = training.model_copy(update={"lr": rate})
-        judged = yield from _silently(
+        judged = _finish(
             evaluate(
                 images,
                 labels,
@@ -144,15 +144,13 @@ def choose_rate(
     return max(found, key=lambda rate: found[rate])
 
 
-def _silently(steps: Generator[Progress, None, Evaluation]) -> Generator[Progress, None, Evaluation]:
-    """To the end without passing anything on."""
+def _finish(steps: Generator[Progress, None, Evaluation]) -> Evaluation:
     while True:
         try:
             next(steps)
         except StopIteration as stop:
             value: Evaluation = stop.value
             return value
-    yield
 
 
 def _student(index: int, model: ModelSpec, dataset: Dataset, seed: int) -> nn.Module:
@@ -164,7 +162,7 @@ def _student(index: int, model: ModelSpec, dataset: Dataset, seed: int) -> nn.Mo
     ).to(dataset.device)
 
 
-def _look_alone(run: Training, dataset: Dataset, tests: int) -> Iterator[tuple[float]]:
+def _look_alone(run: Training, dataset: Dataset, tests: int) -> Iterator[tuple[float, ...]]:
     """Train one student; its accuracy at every look."""
     for look in range(1, tests + 1):
         for _ in run.run(until=run.total * look // tests):

@@ -1,6 +1,6 @@
 """How a set is judged: the recipes that the papers train their students by, each under its name. Torch-free.
 
-Sources and departures: docs/evaluation.md. A recipe that any of its fields is changed in is no longer that protocol (`submission`).
+Sources and departures: docs/evaluation.md. Where a field of a recipe was changed it is no longer that protocol (`submission`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DDRANKING_RATES = (0.001, 0.005, 0.01, 0.05, 0.1)
 """What the board chooses from."""
 
 
-def protocol(name: ProtocolName, facts: DatasetFacts, ipc: JsonValue) -> Document:
+def protocol(name: str, facts: DatasetFacts, ipc: JsonValue) -> Document:
     """An entry of `evaluate` but its model.
 
     Args:
@@ -43,6 +43,7 @@ def protocol(name: ProtocolName, facts: DatasetFacts, ipc: JsonValue) -> Documen
         ipc: images per class as submitted, not yet validated; anything but a whole number counts as 1.
     """
     count = ipc if isinstance(ipc, int) else 1
+    recipe: Document
     match name:
         case "dc":
             recipe = {"students": 5, "tests": 10, "training": _dc_training(facts, 1000)}
@@ -54,7 +55,8 @@ def protocol(name: ProtocolName, facts: DatasetFacts, ipc: JsonValue) -> Documen
             recipe = _quick(facts)
         case _:
             recipe = _ncfm(facts, count)
-    return {"protocol": name, "lr_grid": []} | recipe
+    entry: Document = {"protocol": name, "lr_grid": []}
+    return entry | recipe
 
 
 def held_out_count(count: int, fraction: float) -> int:
@@ -83,7 +85,7 @@ def _sgd(facts: DatasetFacts) -> Document:
 
 
 def _dc_training(facts: DatasetFacts, nominal: int) -> Document:
-    """DC's student training: E nominal epochs are E + 1 passes, and after pass E/2 + 1, counted from 0, a new optimiser takes over."""
+    """E nominal epochs are E + 1 passes; after pass E/2 + 1, counted from 0, comes a new optimiser with a tenth of the rate."""
     passes = nominal + 1
     first_slow = nominal // 2 + 2
     return _sgd(facts) | {"epochs": passes, "milestones": [first_slow / passes], "reset_optimizer": True}

@@ -1,4 +1,4 @@
-"""DD-Ranking's label-robust score: how much of a result is the images' doing, whatever the labels and the protocol. Torch-free."""
+"""DD-Ranking's label-robust score: how much of a result is the images' own doing. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ class LabelRobustScore:
     """w: of the improvement over random; the recovery has 1 - w."""
 
 
-def label_robust_score(
-    *, full: float, hard: float, own: float, random: float, weight: float = 0.5
-) -> LabelRobustScore:
+def label_robust_score(*, full: float, hard: float, own: float, random: float, weight: float = 0.5) -> LabelRobustScore:
     """Combine four accuracies: alpha = w IOR - (1 - w) HLR, LRS = (e^alpha - e^-1) / (e - e^-1).
 
     The board's code puts percent into these formulas; alpha then leaves [-1, 1], which the formula is made for. Here they are

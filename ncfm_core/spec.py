@@ -22,6 +22,8 @@ Epochs = Annotated[int, Field(ge=1, le=100_000)]
 BatchSize = Annotated[int, Field(ge=1, le=100_000)]
 
 ProtocolName = Literal["dc", "ncfm", "apm", "ddranking", "quick", "custom"]
+CoresetName = Literal["herding", "k_center"]
+CORESETS: tuple[CoresetName, ...] = ("herding", "k_center")
 BaselineName = Literal["random_real", "herding", "k_center"]
 
 AUGMENT_OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")

@@ -41,6 +41,41 @@ def test_training_that_was_stopped_goes_on_with_the_same_bits(
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_training_in_the_manner_of_dc_goes_on_with_the_same_bits_wherever_it_stopped(
+    digits: Dataset, spec: JobSpec, stop: int
+) -> None:
+    changes = {"epochs": 4, "milestones": (0.5,), "gamma": 0.1, "reset_optimizer": True, "cutmix": 0.0}
+    whole, first, second = (training(digits, spec, **changes) for _ in range(3))
+    assert whole.total == 12 and whole.steps_per_epoch == 3
+    for _ in whole.run():
+        pass
+    for _ in first.run(until=stop):
+        pass
+    second.load_state(first.state())
+    for _ in second.run():
+        pass
+    for left, right in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_momentum_is_dropped_at_the_milestone_and_nowhere_else(digits: Dataset, spec: JobSpec) -> None:
+    changes = {"epochs": 4, "milestones": (0.5,), "weight_decay": 0.0, "cutmix": 0.0}
+    run = training(digits, spec, reset_optimizer=True, **changes)
+    fresh = []
+    for step in range(run.total):
+        for _ in run.run(until=step + 1):
+            pass
+        parameter = next(iter(run.model.parameters()))
+        fresh.append(torch.equal(run.optimizer.state[parameter]["momentum_buffer"], parameter.grad))  # type: ignore[arg-type]
+    assert [step for step, is_fresh in enumerate(fresh) if is_fresh] == [0, 6]
+    kept = training(digits, spec, reset_optimizer=False, **changes)
+    for _ in kept.run(until=7):
+        pass
+    parameter = next(iter(kept.model.parameters()))
+    assert not torch.equal(kept.optimizer.state[parameter]["momentum_buffer"], parameter.grad)  # type: ignore[arg-type]
+
+
 def test_an_epoch_shows_every_image_once(digits: Dataset, spec: JobSpec) -> None:
     run = training(digits, spec)
     seen: list[int] = []

@@ -6,6 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from ncfm_core.datasets import Dataset
 from ncfm_core.progress import Progress
+from ncfm_core.ranking import label_robust_score
 from ncfm_core.spec import JobSpec
 from worker import stages
 from worker.building import read_result_file, read_synthetic
@@ -171,7 +173,7 @@ def test_published_files_hold_set_and_evidence(job_of: JobOf, storage: Storage, 
     archive = zipfile.ZipFile(io.BytesIO(read_result_file(storage, published, "distilled-digits-ipc1.zip")))
     assert set(archive.namelist()) == names - {"distilled-digits-ipc1.zip"}
     document = json.loads(archive.read("evaluation.json"))
-    assert document["evaluations"][0]["distilled"]["mean"] == evidence.figures().distilled.mean
+    assert document["evaluations"][0]["distilled"]["mean"] == evidence.figures(job.spec).distilled.mean
     assert document["results"]["distill"] == distilled.key
     again, _ = finish(
         stages.publish(job_of(2).site, storage, job.digits, key="sha256:" + "e" * 64, evidence=evidence, spec=job.spec)
@@ -202,3 +204,81 @@ def test_accuracy_counts_the_last_epoch_of_each_student(job_of: JobOf, finish: F
     assert accuracy.mean == pytest.approx(sum(last) / 2)
     assert accuracy.std == pytest.approx(abs(last[0] - last[1]) / 2**0.5)
     assert accuracy.best_mean >= accuracy.mean
+
+
+def judged_by(
+    finish: Finish, job: Job, entry: Any, *, kind: str, teacher: StageResult | None = None
+) -> tuple[StageResult, list[Event]]:
+    """One baseline under an evaluation of its own."""
+    more: Any = {} if teacher is None else {"teacher": teacher, "model": job.spec.model}
+    stage = getattr(stages, kind)(
+        job.site, job.storage, job.digits, key=f"sha256:{kind:f<64}", ipc=1, entry=entry, seed=0, **more
+    )
+    return finish(stage)
+
+
+def test_rate_is_chosen_for_the_set_at_hand_and_recorded(job_of: JobOf, finish: Finish) -> None:
+    job = job_of(1)
+    first = job.spec.evaluate[0]
+    entry = first.model_copy(update={"lr_grid": (1e-7, 0.01)})
+    result, events = judged_by(finish, job, entry, kind="random_real")
+    assert result.figures["lr"] == 0.01
+    rows = [event.metrics for event in events if isinstance(event, Progress)]
+    assert [row["lr"] for row in rows if "lr" in row] == [1e-7, 0.01]
+    assert [row["accuracy"] for row in rows if "accuracy" in row] == list(accuracy_in(result).values)
+
+
+@pytest.mark.parametrize("kind", ["herding", "k_center"])
+def test_coresets_are_judged_and_shown_like_random_images(job_of: JobOf, finish: Finish, kind: str) -> None:
+    job = job_of(1)
+    teacher, _ = finish(job.teacher(0))
+    result, _ = judged_by(finish, job, job.spec.evaluate[0], kind=kind, teacher=teacher)
+    assert result.stage == "evaluate"
+    assert accuracy_in(result).n == 2
+    again, _ = judged_by(finish, job, job.spec.evaluate[0], kind=kind, teacher=teacher)
+    assert accuracy_in(again) == accuracy_in(result)
+
+
+def test_evidence_holds_every_baseline_and_the_score(job_of: JobOf, finish: Finish) -> None:
+    job = job_of(1)
+    distilled, _ = finish(job.distill([finish(job.teacher(index))[0] for index in range(2)]))
+    plain = job.evidence(distilled)
+    assert plain.figures(job.spec).herding is None
+    assert "herding" not in plain.card_rows(job.spec)
+    evidence = replace(plain, coresets={"herding": plain.random_real, "k_center": plain.evaluations})
+    figures = evidence.figures(job.spec)
+    assert figures.herding == figures.random_real
+    assert figures.k_center == figures.distilled
+    score = label_robust_score(
+        full=figures.full.mean / 100,
+        hard=figures.distilled.mean / 100,
+        own=figures.distilled.mean / 100,
+        random=figures.random_real.mean / 100,
+    )
+    assert figures.label_robust_score == score.score
+    document = json.loads(evidence.document(job.spec))
+    entry = document["evaluations"][0]
+    assert entry["herding"]["mean"] == figures.random_real.mean
+    assert entry["label_robust_score"]["score"] == score.score
+    assert entry["label_robust_score"]["hard_label_recovery"] == score.hard_label_recovery
+    assert entry["lr"]["distilled"] == job.spec.evaluate[0].training.lr
+    assert document["results"]["herding"] == [each.key for each in plain.random_real]
+    rows = evidence.card_rows(job.spec)
+    assert "chosen by herding" in rows and "chosen by k-center" in rows and f"{score.score:.3f}" in rows
+
+
+def test_score_is_left_out_where_it_would_compare_unlike_things(job_of: JobOf, finish: Finish) -> None:
+    job = job_of(1)
+    distilled, _ = finish(job.distill([finish(job.teacher(index))[0] for index in range(2)]))
+    evidence = job.evidence(distilled)
+    first = job.spec.evaluate[0]
+    wide = first.model_copy(update={"model": first.model.model_copy(update={"width": 16})})
+    soft = first.model_copy(update={"training": first.training.model_copy(update={"loss": "kl"})})
+
+    def scored(*entries: Any) -> list[bool]:
+        three = [evidence.evaluations[0]] * len(entries)
+        more = replace(evidence, evaluations=three, random_real=[evidence.random_real[0]] * len(entries))
+        return [score is not None for score in more.scores(job.spec.model_copy(update={"evaluate": entries}))]
+
+    assert scored(first, wide, soft) == [True, False, True]
+    assert scored(soft, wide) == [False, False]
