@@ -82,10 +82,10 @@ class Batches:
         """One image as a network sees it, without augmentation, shape (1, channels, H, W)."""
         return self._images[:1] if self._normalised else self._dataset.normalise(self._images[:1])
 
-    def order(self, epoch: int, *, seed: int, stream: str) -> Tensor:
-        """In which the images come in an epoch, int64 of shape (N,)."""
-        order = torch.randperm(len(self._labels), generator=generator(seed, f"{stream}/order", epoch))
-        return order.to(self.device)
+    def orders(self, epoch: int, *, seed: int, streams: Sequence[str]) -> Tensor:
+        """In which the images come in an epoch, for each stream: int64 of shape (k, N)."""
+        draws = [generator(seed, f"{stream}/order", epoch) for stream in streams]
+        return torch.stack([torch.randperm(len(self._labels), generator=draw) for draw in draws]).to(self.device)
 
     def draw(self, order: Tensor, step: int, *, seed: int, stream: str) -> Draw:
         """The draw of a step, given the order of its epoch."""

@@ -82,7 +82,7 @@ class Cohort:
         self._optimizer = make_optimizer(self._parameters.values(), batches.spec)
         self._forward = forward_of(students[0])
         self._network = copy.deepcopy(students[0])
-        self._orders: list[Tensor] = []
+        self._orders = torch.empty(0, dtype=torch.int64)
 
     def advance(self, until: int) -> None:
         """Train from `step` to `until`."""
@@ -92,7 +92,7 @@ class Cohort:
     def _advance(self) -> None:
         epoch, place = divmod(self.step, self._batches.steps_per_epoch)
         if place == 0:
-            self._orders = [self._batches.order(epoch, seed=self._seed, stream=stream) for stream in self._streams]
+            self._orders = self._batches.orders(epoch, seed=self._seed, streams=self._streams)
         batch = self._batches.stacked(
             [
                 self._batches.draw(order, self.step, seed=self._seed, stream=stream)

@@ -77,7 +77,7 @@ class Training:
         """One optimiser step; its loss, detached, on the device."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if place == 0 or not len(self._order):
-            self._order = self._batches.order(epoch, seed=self.seed, stream=self.stream)
+            self._order = self._batches.orders(epoch, seed=self.seed, streams=(self.stream,))[0]
         batch = self._batches.batch(self._batches.draw(self._order, self.step, seed=self.seed, stream=self.stream))
         set_rate(self.optimizer, self.spec, epoch, is_first=place == 0)
         loss = self._batches.loss(self.model(batch.images), batch)

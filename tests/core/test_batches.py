@@ -65,10 +65,8 @@ def test_batches_of_several_networks_are_those_of_each(digits: Dataset, batch_si
     made = batches(digits, batch_size=batch_size, cutmix=0.7, loss="kl", targets=targets)
     streams = ("a", "b", "c")
     for step in range(2 * made.steps_per_epoch):
-        draws = [
-            made.draw(made.order(step // made.steps_per_epoch, seed=0, stream=stream), step, seed=0, stream=stream)
-            for stream in streams
-        ]
+        orders = made.orders(step // made.steps_per_epoch, seed=0, streams=streams)
+        draws = [made.draw(order, step, seed=0, stream=stream) for order, stream in zip(orders, streams, strict=True)]
         together, logits = made.stacked(draws), torch.randn((3, len(draws[0].chosen), 10))
         apart = [made.batch(draw) for draw in draws]
         torch.testing.assert_close(together.images, torch.stack([each.images for each in apart]))
