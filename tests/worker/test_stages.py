@@ -6,7 +6,6 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 
 from ncfm_core.datasets import Dataset
 from ncfm_core.progress import Progress
-from ncfm_core.ranking import label_robust_score
 from ncfm_core.spec import JobSpec
 from worker import stages
 from worker.building import read_result_file, read_synthetic
@@ -237,48 +235,3 @@ def test_coresets_are_judged_and_shown_like_random_images(job_of: JobOf, finish:
     assert accuracy_in(result).n == 2
     again, _ = judged_by(finish, job, job.spec.evaluate[0], kind=kind, teacher=teacher)
     assert accuracy_in(again) == accuracy_in(result)
-
-
-def test_evidence_holds_every_baseline_and_the_score(job_of: JobOf, finish: Finish) -> None:
-    job = job_of(1)
-    distilled, _ = finish(job.distill([finish(job.teacher(index))[0] for index in range(2)]))
-    plain = job.evidence(distilled)
-    assert plain.figures(job.spec).herding is None
-    assert "herding" not in plain.card_rows(job.spec)
-    evidence = replace(plain, coresets={"herding": plain.random_real, "k_center": plain.evaluations})
-    figures = evidence.figures(job.spec)
-    assert figures.herding == figures.random_real
-    assert figures.k_center == figures.distilled
-    score = label_robust_score(
-        full=figures.full.mean / 100,
-        hard=figures.distilled.mean / 100,
-        own=figures.distilled.mean / 100,
-        random=figures.random_real.mean / 100,
-    )
-    assert figures.label_robust_score == score.score
-    document = json.loads(evidence.document(job.spec))
-    entry = document["evaluations"][0]
-    assert entry["herding"]["mean"] == figures.random_real.mean
-    assert entry["label_robust_score"]["score"] == score.score
-    assert entry["label_robust_score"]["hard_label_recovery"] == score.hard_label_recovery
-    assert entry["lr"]["distilled"] == job.spec.evaluate[0].training.lr
-    assert document["results"]["herding"] == [each.key for each in plain.random_real]
-    rows = evidence.card_rows(job.spec)
-    assert "chosen by herding" in rows and "chosen by k-center" in rows and f"{score.score:.3f}" in rows
-
-
-def test_score_is_left_out_where_it_would_compare_unlike_things(job_of: JobOf, finish: Finish) -> None:
-    job = job_of(1)
-    distilled, _ = finish(job.distill([finish(job.teacher(index))[0] for index in range(2)]))
-    evidence = job.evidence(distilled)
-    first = job.spec.evaluate[0]
-    wide = first.model_copy(update={"model": first.model.model_copy(update={"width": 16})})
-    soft = first.model_copy(update={"training": first.training.model_copy(update={"loss": "kl"})})
-
-    def scored(*entries: Any) -> list[bool]:
-        three = [evidence.evaluations[0]] * len(entries)
-        more = replace(evidence, evaluations=three, random_real=[evidence.random_real[0]] * len(entries))
-        return [score is not None for score in more.scores(job.spec.model_copy(update={"evaluate": entries}))]
-
-    assert scored(first, wide, soft) == [True, False, True]
-    assert scored(soft, wide) == [False, False]
