@@ -10,9 +10,7 @@ from ncfm_core.errors import SpecError
 from ncfm_core.pools import TeacherPool
 from ncfm_core.rng import generator
 from ncfm_core.spec import CoresetName
-
-CHUNK = 1000
-"""Images in one forward."""
+from ncfm_core.training import forward_batch
 
 
 def random_real(dataset: Dataset, *, ipc: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +53,7 @@ def coreset(
         indices = members[:count].to(dataset.device)
         parts = [
             pool.raw_features(weights, dataset.normalise(dataset.train_images[part].to(device)))
-            for part in indices.split(CHUNK)
+            for part in indices.split(forward_batch(device))
         ]
         chosen.append(indices[choose(torch.cat(parts), ipc).to(dataset.device)])
     order = torch.cat(chosen)

@@ -16,7 +16,10 @@ from ncfm_core.spec import TrainingSpec
 REPORT_EVERY = 50
 """Steps between two reports; each costs one wait for the device."""
 MOMENTUM = 0.9
-TEST_BATCH = 1000
+CPU_FORWARD_BATCH = 100
+"""Images in a forward without gradients on a CPU: three times as fast as 1000, whose feature maps leave the cache."""
+CUDA_FORWARD_BATCH = 1000
+"""The same on a GPU."""
 
 
 class Training:
@@ -145,13 +148,18 @@ def make_optimizer(parameters: Iterable[Tensor], spec: TrainingSpec) -> torch.op
     return torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
 
 
+def forward_batch(device: torch.device) -> int:
+    """Images to put through a network at a time where nothing is kept for gradients."""
+    return CPU_FORWARD_BATCH if device.type == "cpu" else CUDA_FORWARD_BATCH
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, dataset: Dataset) -> float:
     """Accuracy on the test images, in percent."""
     right = torch.zeros((), dtype=torch.int64, device=dataset.device)
-    for start in range(0, len(dataset.test_labels), TEST_BATCH):
-        logits = model(dataset.normalise(dataset.test_images[start : start + TEST_BATCH]))
-        right += (logits.argmax(1) == dataset.test_labels[start : start + TEST_BATCH]).sum()
+    size = forward_batch(dataset.device)
+    for images, labels in zip(dataset.test_images.split(size), dataset.test_labels.split(size), strict=True):
+        right += (model(dataset.normalise(images)).argmax(1) == labels).sum()
     return 100 * right.item() / len(dataset.test_labels)
 
 
