@@ -8,7 +8,7 @@ Parameters are uniform numbers u in [0, 1) of shape (n, k), where n is 1 (shared
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,31 @@ def draw(spec: AugmentSpec, draw_from: torch.Generator, num: int = 1) -> Augment
             names.append(geometric[int(torch.randint(len(geometric), (), generator=draw_from))])
         names += [name for name in ("cutout",) if name in spec.ops]
     return Augmentation(tuple((name, torch.rand((num, NUM_PARAMETERS[name]), generator=draw_from)) for name in names))
+
+
+def each(augmentations: Sequence[Augmentation], images: Tensor) -> Tensor:
+    """Lay one augmentation over each of several batches, as few operations at a time as will do.
+
+    Args:
+        augmentations: k of one specification, with parameters for each image.
+        images: shape (k, N, channels, H, W).
+
+    Returns:
+        The same shape.
+    """
+    for operations in zip(*(augmentation.operations for augmentation in augmentations), strict=True):
+        groups: dict[str, list[int]] = {}
+        for index, (name, _) in enumerate(operations):
+            groups.setdefault(name, []).append(index)
+        parts: list[Tensor] = [images] * len(operations)
+        for name, members in groups.items():
+            parameters = torch.cat([operations[index][1] for index in members]).to(images.device)
+            chosen = images if len(members) == len(operations) else images[members]
+            changed = OPERATIONS[name](chosen.flatten(0, 1), parameters).view(chosen.shape)
+            for index, batch in zip(members, changed, strict=True):
+                parts[index] = batch
+        images = changed if len(groups) == 1 else torch.stack(parts)
+    return images
 
 
 def _column(parameters: Tensor, index: int) -> Tensor:
@@ -137,28 +162,46 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 NUM_PARAMETERS = {"flip": 1, "color": 3, "crop": 2, "cutout": 2, "scale": 2, "rotate": 1}
 
 
-def cutmix(
-    images: Tensor, labels: Tensor, probability: float, draw_from: torch.Generator
-) -> tuple[Tensor, Tensor, float]:
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """CutMix of one batch: a box of each image is taken from another one."""
+
+    order: Tensor
+    """int64 of shape (N,): which image each box comes from."""
+    box: tuple[slice, slice]
+    """Rows and columns."""
+    share: float
+    """Of the area that stays, and so of the loss that the image's own label keeps."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The images with their boxes pasted in."""
+        rows, columns = self.box
+        mixed = images.clone()
+        mixed[:, :, rows, columns] = images[self.order.to(images.device), :, rows, columns]
+        return mixed
+
+
+def draw_cutmix(probability: float, num: int, size: tuple[int, int], draw_from: torch.Generator) -> Mix | None:
     """CutMix (arXiv 1905.04899) of a batch with a permutation of itself, lambda ~ Beta(1, 1) = U(0, 1).
 
     Args:
-        images: shape (N, channels, H, W).
-        labels: int64 of shape (N,).
         probability: of mixing at all.
+        num: images in the batch.
+        size: their height and width.
         draw_from: generator on the CPU.
 
     Returns:
-        The images, the labels of what was pasted in, and the share of the area that the first labels keep.
+        None where nothing is mixed.
     """
+    if probability == 0:
+        return None
     chance, keep, x, y = torch.rand(4, generator=draw_from).tolist()
-    order = torch.randperm(len(images), generator=draw_from).to(images.device)
     if chance >= probability:
-        return images, labels, 1.0
-    height, width = images.shape[2:]
+        return None
+    order = torch.randperm(num, generator=draw_from)
+    height, width = size
     side = math.sqrt(1 - keep)
     top, bottom = (round(min(max(y * height + sign * side * height / 2, 0), height)) for sign in (-1, 1))
     left, right = (round(min(max(x * width + sign * side * width / 2, 0), width)) for sign in (-1, 1))
-    mixed = images.clone()
-    mixed[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
-    return mixed, labels[order], 1 - (bottom - top) * (right - left) / (height * width)
+    share = 1 - (bottom - top) * (right - left) / (height * width)
+    return Mix(order, (slice(top, bottom), slice(left, right)), share)

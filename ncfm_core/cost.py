@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ncfm_core.geometry import convolutions, num_features
+from ncfm_core.protocols import RATE_FRACTION
 from ncfm_core.spec import JobSpec, ModelSpec, TrainingSpec
 
 CPU_RATE = 40e9
@@ -52,7 +53,10 @@ def operations(spec: JobSpec) -> float:
     for evaluation in spec.evaluate:
         student = _training(evaluation.model, evaluation.training, facts.image_size, facts.channels, decoded)
         test = evaluation.tests * facts.num_test * forward(evaluation.model, facts.image_size, facts.channels)
-        total += 2 * evaluation.students * (student + test)
+        judged = 1 + len(spec.baselines)
+        held_out = RATE_FRACTION * facts.num_train * forward(evaluation.model, facts.image_size, facts.channels)
+        total += judged * evaluation.students * (student + test)
+        total += judged * len(evaluation.lr_grid) * (student + held_out)
     full = spec.full_data
     total += full.students * _training(
         spec.evaluate[0].model, full.training, facts.image_size, facts.channels, facts.num_train

@@ -1,13 +1,15 @@
-"""How good a set is: fresh students trained on it, tested on the test set, next to random real images and the full data."""
+"""How good a set is: fresh students trained on it, tested on the test set, next to real images and the full data."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ncfm_core.batches import Batches
+from ncfm_core.cohort import Cohort, students_at_once
 from ncfm_core.datasets import Dataset, Images
 from ncfm_core.models import build_model
 from ncfm_core.progress import Progress
@@ -37,6 +39,8 @@ def evaluate(
     tests: int,
     seed: int,
     device: torch.device,
+    targets: Tensor | None = None,
+    at_once: int | None = None,
 ) -> Generator[Progress, None, Evaluation]:
     """Train fresh students on labelled images and test each.
 
@@ -50,38 +54,125 @@ def evaluate(
         tests: looks at the test set, evenly along the training, the last at its end.
         seed: of the students; student i of a seed starts from the same weights whatever it is trained on.
         device: where to train.
+        targets: teacher logits of the images, float32 of shape (N, classes); for losses that compare with them.
+        at_once: students in one step; None for what is fast here (`cohort.students_at_once`).
 
     Yields:
         Progress after every student, with its accuracy.
+
+    Raises:
+        SpecError: the loss compares with teacher logits and there are none.
     """
     images = images.detach() if isinstance(images, Tensor) else images
     dataset, images, labels = dataset.to(device), images.to(device), labels.to(device)
-    last, best = [], []
-    for student in range(students):
-        stream = f"student/{student}"
-        network = build_model(
-            model,
-            image_shape=dataset.image_shape,
-            num_classes=dataset.num_classes,
-            draw=generator(seed, f"{stream}/init"),
-        ).to(device)
-        run = Training(network, images, labels, dataset, spec=training, seed=seed, stream=stream)
-        looks = []
-        for look in range(1, tests + 1):
-            for _ in run.run(until=run.total * look // tests):
-                pass
-            looks.append(accuracy(network, dataset))
-        last.append(looks[-1])
-        best.append(max(looks))
-        yield Progress(student + 1, students, "student", {"accuracy": looks[-1], "best_accuracy": max(looks)})
+    targets = None if targets is None else targets.detach().to(device)
+    last: list[float] = []
+    best: list[float] = []
+    if at_once is None:
+        batches = Batches(images, labels, dataset, spec=training, targets=targets)
+        at_once = students_at_once(_student(0, model, dataset, seed), batches)
+    while len(last) < students:
+        members = range(len(last), min(len(last) + at_once, students))
+        networks = [_student(index, model, dataset, seed) for index in members]
+        streams = [f"student/{index}" for index in members]
+        if len(networks) == 1:
+            run = Training(
+                networks[0], images, labels, dataset, spec=training, seed=seed, stream=streams[0], targets=targets
+            )
+            looks = _look_alone(run, dataset, tests)
+        else:
+            batches = Batches(images, labels, dataset, spec=training, targets=targets)
+            looks = _look_together(Cohort(networks, batches, seed=seed, streams=streams), len(members), dataset, tests)
+        for accuracies in zip(*looks, strict=True):
+            last.append(accuracies[-1])
+            best.append(max(accuracies))
+            yield Progress(len(last), students, "student", {"accuracy": last[-1], "best_accuracy": best[-1]})
     return Evaluation(tuple(last), tuple(best))
 
 
-def random_real(dataset: Dataset, *, ipc: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The baseline: `ipc` random real images of each class.
+def choose_rate(
+    images: Tensor,
+    labels: Tensor,
+    held_out: Dataset,
+    *,
+    rates: Sequence[float],
+    model: ModelSpec,
+    training: TrainingSpec,
+    seed: int,
+    device: torch.device,
+    targets: Tensor | None = None,
+) -> Generator[Progress, None, float]:
+    """Choose a learning rate on training data held out: one student for each, all from the same weights and draws.
+
+    DD-Ranking's board chooses by the accuracy on the test set; here nothing is ever chosen there.
+
+    Args:
+        images: shape (N, channels, H, W), uint8 or float in [0, 1], already decoded.
+        labels: int64 of shape (N,).
+        held_out: from `Dataset.hold_out`: its test images are training images.
+        rates: to choose from, at least one.
+        model: the students' network.
+        training: their recipe but the rate.
+        seed: of the students.
+        device: where to train.
+        targets: teacher logits of the images, for losses that compare with them.
+
+    Yields:
+        Progress after every rate, with its accuracy.
 
     Returns:
-        uint8 images of shape (C * ipc, channels, H, W) and their labels.
+        The best of them, the first of equals.
     """
-    chosen = dataset.class_batches(ipc, generator(seed, "random-real")).flatten().to(dataset.device)
-    return dataset.take(chosen), dataset.train_labels[chosen]
+    found: dict[float, float] = {}
+    for rate in rates:
+        recipe = training.model_copy(update={"lr": rate})
+        judged = _finish(
+            evaluate(
+                images,
+                labels,
+                held_out,
+                model=model,
+                training=recipe,
+                students=1,
+                tests=1,
+                seed=seed,
+                device=device,
+                targets=targets,
+            )
+        )
+        found[rate] = judged.last[0]
+        yield Progress(len(found), len(rates), "rate", {"lr": rate, "validation_accuracy": found[rate]})
+    return max(found, key=lambda rate: found[rate])
+
+
+def _finish(steps: Generator[Progress, None, Evaluation]) -> Evaluation:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            value: Evaluation = stop.value
+            return value
+
+
+def _student(index: int, model: ModelSpec, dataset: Dataset, seed: int) -> nn.Module:
+    return build_model(
+        model,
+        image_shape=dataset.image_shape,
+        num_classes=dataset.num_classes,
+        draw=generator(seed, f"student/{index}/init"),
+    ).to(dataset.device)
+
+
+def _look_alone(run: Training, dataset: Dataset, tests: int) -> Iterator[tuple[float, ...]]:
+    """Train one student; its accuracy at every look."""
+    for look in range(1, tests + 1):
+        for _ in run.run(until=run.total * look // tests):
+            pass
+        yield (accuracy(run.model, dataset),)
+
+
+def _look_together(cohort: Cohort, students: int, dataset: Dataset, tests: int) -> Iterator[tuple[float, ...]]:
+    """Train several students at once; the accuracy of each at every look."""
+    for look in range(1, tests + 1):
+        cohort.advance(cohort.total * look // tests)
+        yield tuple(accuracy(cohort.student(index), dataset) for index in range(students))

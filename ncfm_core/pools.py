@@ -153,6 +153,16 @@ class TeacherPool:
         match = {name: torch.lerp(stack[index], trained[name], beta) for name, stack in self._initial.items()}
         return Extractors(match=match | buffers, calibrate=trained | buffers)
 
+    def trained(self, index: int) -> Weights:
+        """The trained end of one teacher, running statistics included."""
+        return {name: stack[index] for name, stack in (self._trained | self._buffers).items()}
+
+    @torch.no_grad()
+    def raw_features(self, weights: Weights, images: Tensor) -> Tensor:
+        """Flat features of shape (N, num_features), of their own length, without gradients, in evaluation mode."""
+        features: Tensor = torch.func.functional_call(self._evaluated, weights, (images,), {"features_only": True})
+        return features
+
     def features(self, weights: Weights, images: Tensor) -> Tensor:
         """Flat features of shape (N, num_features), each of length 1 (as the authors' code has it).
 
@@ -181,12 +191,9 @@ class TeacherPool:
         Returns:
             Logits, float32 of shape (N, classes).
         """
-        stacks, pieces = self._trained | self._buffers, []
+        pieces = []
         for piece in images.split(LABEL_BATCH):
-            each = [
-                self.logits({name: stack[index] for name, stack in stacks.items()}, piece).log_softmax(1)
-                for index in range(self.count)
-            ]
+            each = [self.logits(self.trained(index), piece).log_softmax(1) for index in range(self.count)]
             pieces.append(torch.stack(each).logsumexp(0) - math.log(self.count))
         return torch.cat(pieces)
 

@@ -9,9 +9,8 @@ from pydantic import JsonValue
 from ncfm_core.catalog import DatasetFacts, PresetName
 from ncfm_core.geometry import padded, smallest_image
 from ncfm_core.networks import NETWORKS, NetworkName
+from ncfm_core.protocols import Document, augmentation, protocol
 from ncfm_core.spec import ModelSpec
-
-Document = dict[str, JsonValue]
 
 
 def preset(name: PresetName, facts: DatasetFacts) -> Document:
@@ -25,9 +24,9 @@ def preset(name: PresetName, facts: DatasetFacts) -> Document:
     return _COMMON | values | {"preset": name, "experiment": facts.name}
 
 
-def evaluation(name: PresetName, facts: DatasetFacts) -> Document:
-    """An entry of `evaluate` but its model."""
-    return _quick_evaluation(facts) if name == "quick" else _ncfm_evaluation(facts)
+def evaluation(name: PresetName, facts: DatasetFacts, ipc: JsonValue) -> Document:
+    """An entry of `evaluate` but its model, of the protocol that the preset judges by."""
+    return protocol("quick" if name == "quick" else "ncfm", facts, ipc)
 
 
 def network(name: NetworkName, preset: PresetName, facts: DatasetFacts) -> Document:
@@ -51,39 +50,6 @@ def overlay(base: JsonValue, over: JsonValue) -> Any:
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
     return base | {key: overlay(base[key], value) if key in base else value for key, value in over.items()}
-
-
-def _augment(facts: DatasetFacts, policy: str, *ops: str) -> Document:
-    return {"policy": policy, "ops": [op for op in ops if op != "flip" or facts.flip]}
-
-
-def _ncfm_evaluation(facts: DatasetFacts) -> Document:
-    """The protocol of the paper, but the last epoch is what counts."""
-    return {
-        "protocol": "ncfm",
-        "students": 10,
-        "tests": 20,
-        "training": {
-            "epochs": 2000,
-            "batch_size": 128,
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "weight_decay": 0.01,
-            "milestones": [0.2, 0.4, 0.6, 0.8],
-            "gamma": 0.5,
-            "augment": _augment(facts, "stack", "flip", "color", "crop", "scale", "rotate"),
-            "cutmix": 0.5,
-        },
-    }
-
-
-def _quick_evaluation(facts: DatasetFacts) -> Document:
-    """The paper's protocol with fewer epochs at a higher rate, for narrow networks and small sets."""
-    evaluation = _ncfm_evaluation(facts)
-    training = evaluation["training"]
-    assert isinstance(training, dict)
-    training |= {"epochs": 300, "lr": 5e-3}
-    return evaluation | {"protocol": "quick", "students": 5, "tests": 10}
 
 
 def _paper(facts: DatasetFacts) -> Document:
@@ -115,7 +81,7 @@ def _paper(facts: DatasetFacts) -> Document:
             "amplitude_weight": 0.5,
             "discrepancy_weight": 300.0,
             "calibration_weight": 1.0,
-            "augment": _augment(facts, "stack", "color", "crop", "cutout"),
+            "augment": augmentation(facts, "stack", "color", "crop", "cutout"),
             "labels": "hard",
             "precision": "float32",
         },
@@ -131,8 +97,10 @@ def _paper(facts: DatasetFacts) -> Document:
                 "weight_decay": 5e-4,
                 "milestones": [2 / 3, 5 / 6],
                 "gamma": 0.2,
-                "augment": _augment(facts, "stack", "color", "crop"),
+                "reset_optimizer": False,
+                "augment": augmentation(facts, "stack", "color", "crop"),
                 "cutmix": 0.5,
+                "loss": "cross_entropy",
             },
         },
         "full_data": {
@@ -145,8 +113,10 @@ def _paper(facts: DatasetFacts) -> Document:
                 "weight_decay": 5e-4,
                 "milestones": [0.6, 0.85],
                 "gamma": 0.2,
-                "augment": _augment(facts, "stack", "flip", "color", "crop"),
+                "reset_optimizer": False,
+                "augment": augmentation(facts, "stack", "flip", "color", "crop"),
                 "cutmix": 0.0,
+                "loss": "cross_entropy",
             },
         },
     }
@@ -178,6 +148,7 @@ def _quick(facts: DatasetFacts) -> Document:
 
 
 _COMMON: Document = {
+    "baselines": ["random_real"],
     "search": None,
     "resources": {"gpus": "auto", "cpus": 2, "memory_limit": None},
     "checkpoint": {"every_steps": 500, "every_seconds": 30.0},

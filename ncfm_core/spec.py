@@ -34,6 +34,11 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 BatchSize = Annotated[int, Field(ge=1, le=100_000)]
 
+ProtocolName = Literal["dc", "ncfm", "apm", "ddranking", "quick", "custom"]
+CoresetName = Literal["herding", "k_center"]
+CORESETS: tuple[CoresetName, ...] = ("herding", "k_center")
+BaselineName = Literal["random_real", "herding", "k_center"]
+
 AUGMENT_OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
 
@@ -237,10 +242,19 @@ class TrainingSpec(Part):
     """Fractions of the epochs after which the rate is multiplied by `gamma`."""
     gamma: Annotated[float, Field(gt=0, le=1)]
     """Factor at each milestone."""
+    reset_optimizer: bool
+    """Whether the optimiser starts afresh at each milestone, its momentum dropped (DC's student training does that)."""
     augment: AugmentSpec
     """Drawn for each image apart."""
     cutmix: Fraction
     """Probability of CutMix, Beta(1, 1), per batch."""
+    loss: Literal["cross_entropy", "l1_logits", "soft_cross_entropy", "kl"]
+    """`cross_entropy` is that of the classes; the others need teacher logits: mean distance to them, cross-entropy with their
+    softmax, Kullback-Leibler divergence from it."""
+
+    @property
+    def needs_soft_labels(self) -> bool:
+        return self.loss != "cross_entropy"
 
 
 class TeachersSpec(Part):
@@ -257,14 +271,16 @@ class TeachersSpec(Part):
 class EvaluationSpec(Part):
     """Fresh students trained on the distilled images, tested on the test set."""
 
-    protocol: Literal["ncfm", "quick", "custom"]
+    protocol: ProtocolName
     """Which protocol `training` is; `custom` when any of its fields was set by hand."""
     model: ModelSpec
     """The student's network."""
     students: Annotated[int, Field(ge=1, le=1000)]
     """Fresh students; mean and standard deviation are over these."""
     training: TrainingSpec
-    """How each is trained; random real images are judged under the very same."""
+    """How each is trained; the baselines are judged under the very same."""
+    lr_grid: Annotated[tuple[Rate, ...], Field(max_length=32)]
+    """Rates to choose `training.lr` from, for every set apart, on training data held out; empty to take it as it is."""
     tests: Annotated[int, Field(ge=1, le=1000)]
     """Looks at the test set along the training, the last one at its end; only the last is published as the accuracy."""
 
@@ -371,6 +387,8 @@ class JobSpec(Part):
     """How the set is judged; the first one gives the headline figures."""
     full_data: FullDataSpec
     """The ceiling beside it."""
+    baselines: Annotated[tuple[BaselineName, ...], Field(min_length=1, max_length=3)]
+    """Real images chosen by a rule, judged like the set: `random_real` always, `herding` and `k_center` where asked for."""
     search: SearchSpec | None
     """A search over `method` before the distillation; null for none."""
     resources: ResourcesSpec
@@ -381,6 +399,15 @@ class JobSpec(Part):
     """MLflow experiment."""
     seed: Seed
     """Of everything drawn in this job but the teacher pool."""
+
+    @field_validator("baselines")
+    @classmethod
+    def _random_and_no_doubles(cls, baselines: tuple[BaselineName, ...]) -> tuple[BaselineName, ...]:
+        if "random_real" not in baselines:
+            raise ValueError("random_real is judged beside every set: add it")
+        if len(set(baselines)) < len(baselines):
+            raise ValueError("each baseline may be named once")
+        return baselines
 
     def document(self) -> dict[str, JsonValue]:
         """As plain JSON values."""

@@ -19,7 +19,8 @@ from ncfm_core.catalog import DATASETS, DatasetFacts, PresetName, dataset_facts,
 from ncfm_core.errors import Problem, SpecError, shorten
 from ncfm_core.geometry import padded, smallest_image
 from ncfm_core.networks import NETWORKS
-from ncfm_core.presets import Document, overlay
+from ncfm_core.presets import overlay
+from ncfm_core.protocols import PROTOCOLS, RATE_FRACTION, Document, held_out_count, protocol
 from ncfm_core.spec import DatasetSpec, JobSpec, ModelSpec, UnfitError
 
 _NAMED = ("dataset", "method", "model")
@@ -83,18 +84,36 @@ def _model(given: JsonValue, base: JsonValue, *, preset: PresetName, facts: Data
 
 
 def _evaluations(
-    given: JsonValue, default: Document, model: JsonValue, fill: Callable[[JsonValue, JsonValue], JsonValue]
+    given: JsonValue,
+    default: Document,
+    model: JsonValue,
+    *,
+    fill: Callable[[JsonValue, JsonValue], JsonValue],
+    recipe: Callable[[str], Document],
 ) -> JsonValue:
-    """Each entry laid over the preset's; one whose training was changed by hand is no longer that protocol."""
-    default = default | {"model": model}
+    """Each entry laid over its protocol, or the preset's; one whose training was changed by hand is no longer that protocol.
+
+    Args:
+        given: `evaluate` as submitted.
+        default: the preset's entry.
+        model: the job's network.
+        fill: a network as submitted, laid over another one.
+        recipe: the entry of a protocol.
+    """
     if not isinstance(given, list):
-        return [default] if given is None else given
+        return [default | {"model": model}] if given is None else given
     entries: list[JsonValue] = []
     for entry in given:
         if isinstance(entry, dict):
             network = fill(entry["model"], model) if "model" in entry else model
-            entry = overlay(default, entry) | {"model": network}
-            if entry["training"] != default["training"] and entry["protocol"] == default["protocol"]:
+            named = entry.get("protocol")
+            base = recipe(named) if isinstance(named, str) and named in PROTOCOLS else default
+            training = entry.get("training")
+            if isinstance(training, dict) and "lr" in training and "lr_grid" not in entry:
+                entry = entry | {"lr_grid": []}  # a rate set by hand is meant to be used
+            entry = overlay(base, entry) | {"model": network}
+            changed = any(entry[name] != base[name] for name in ("training", "lr_grid"))
+            if changed and entry["protocol"] == base["protocol"]:
                 entry["protocol"] = "custom"
         entries.append(entry)
     return entries
@@ -110,7 +129,14 @@ def _complete(document: Mapping[str, JsonValue]) -> tuple[Document, DatasetFacts
     complete: Document = overlay(base, given)
     if "model" in given:
         complete["model"] = fill(given["model"], base["model"])
-    complete["evaluate"] = _evaluations(evaluations, presets.evaluation(name, facts), complete["model"], fill)
+    ipc = complete.get("ipc")
+    complete["evaluate"] = _evaluations(
+        evaluations,
+        presets.evaluation(name, facts, ipc),
+        complete["model"],
+        fill=fill,
+        recipe=lambda named: protocol(named, facts, ipc),
+    )
     method, search = complete["method"], complete["search"]
     if isinstance(search, dict) and isinstance(method, dict):
         complete["search"] = presets.SEARCH | {"steps": method.get("steps")} | search
@@ -180,6 +206,7 @@ def _check_fit(spec: JobSpec, facts: DatasetFacts) -> None:
         if padded(facts.image_size) < smallest_image(model):
             problems.append(_too_small(where, model, facts.image_size))
     problems.extend(_check_space(spec))
+    problems.extend(_check_judging(spec, facts))
     if problems:
         raise SpecError(*problems)
 
@@ -201,6 +228,27 @@ def _too_small(where: str, model: ModelSpec, size: int) -> Problem:
     others = [name for name in NETWORKS if name != "convnet" and fits(name=name, norm="group")]
     message = f"needs images of at least {smallest_image(model)} pixels, these have {size}"
     return Problem(f"{where}.name", repr(model.name), message, f"Choose one of: {', '.join(['convnet', *others])}.")
+
+
+def _check_judging(spec: JobSpec, facts: DatasetFacts) -> list[Problem]:
+    """Losses need the labels that they compare with, and a rate is chosen on images that are left over."""
+    problems = []
+    for name, training in (("teachers", spec.teachers.training), ("full_data", spec.full_data.training)):
+        if training.needs_soft_labels:
+            problem = "real images have classes and no teacher logits"
+            problems.append(Problem(f"{name}.training.loss", repr(training.loss), problem, "Use cross_entropy."))
+    most = facts.smallest_class - held_out_count(facts.smallest_class, RATE_FRACTION)
+    for index, entry in enumerate(spec.evaluate):
+        if entry.training.needs_soft_labels and spec.method.labels == "hard":
+            field, value = ("protocol", "apm") if entry.protocol == "apm" else ("training.loss", entry.training.loss)
+            problem = "needs soft labels (teacher logits), and the set has none"
+            hint = "Set method.labels to soft, or judge it by another protocol, such as dc or ncfm."
+            problems.append(Problem(f"evaluate.{index}.{field}", repr(value), problem, hint))
+        if entry.lr_grid and spec.ipc > most and not facts.assumed:
+            problem = f"the rate is chosen on real images apart from the baseline's, of which {most} a class are left"
+            hint = f"Leave lr_grid empty, or choose an ipc of 1 to {most}."
+            problems.append(Problem(f"evaluate.{index}.lr_grid", str(spec.ipc), problem, hint))
+    return problems
 
 
 def _check_space(spec: JobSpec) -> list[Problem]:

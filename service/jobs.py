@@ -114,6 +114,12 @@ class Result(Value):
     """Random real images at the same IPC under the same protocol."""
     full: Accuracy | None
     """The full training set under its own recipe."""
+    herding: Accuracy | None = None
+    """Real images chosen by herding under the same protocol, where asked for."""
+    k_center: Accuracy | None = None
+    """Real images chosen by k-center under the same protocol, where asked for."""
+    label_robust_score: float | None = None
+    """DD-Ranking's score in [0, 1]: how much is the images' own doing."""
     evaluations: tuple[dict[str, JsonValue], ...]
     """Every evaluation of the spec."""
     seconds: dict[str, float]
@@ -228,6 +234,9 @@ def result_of(attempt: AttemptResult) -> Result:
         distilled=figures.distilled if figures else None,
         random_real=figures.random_real if figures else None,
         full=figures.full if figures else None,
+        herding=figures.herding if figures else None,
+        k_center=figures.k_center if figures else None,
+        label_robust_score=figures.label_robust_score if figures else None,
         evaluations=attempt.evaluations,
         seconds=attempt.seconds,
     )

@@ -36,6 +36,9 @@ class Result(Reply):
     distilled: Accuracy | None = None
     random_real: Accuracy | None = None
     full: Accuracy | None = None
+    herding: Accuracy | None = None
+    k_center: Accuracy | None = None
+    label_robust_score: float | None = None
     seconds: dict[str, float] = Field(default_factory=dict)
 
 

@@ -132,10 +132,12 @@ def _run(options: argparse.Namespace, surroundings: Surroundings, stop: Stop) ->
 
 
 def _show(headline: dict[str, JsonValue]) -> None:
-    for name in ("distilled", "random_real", "full"):
-        figures = headline[name]
-        assert isinstance(figures, dict)
-        _tell(f"{name.replace('_', ' '):12} {figures['mean']:.1f} +- {figures['std']:.1f} %  (n={figures['n']})")
+    for name in ("distilled", "random_real", "herding", "k_center", "full"):
+        figures = headline.get(name)
+        if isinstance(figures, dict):
+            _tell(f"{name.replace('_', ' '):12} {figures['mean']:.1f} +- {figures['std']:.1f} %  (n={figures['n']})")
+    if isinstance(score := headline["label_robust_score"], float):
+        _tell(f"{'label-robust score':12} {score:.3f}")
     for name in ("set_path", "preview", "mlflow_url"):
         if headline[name]:
             _tell(f"{name.removesuffix('_path').replace('_url', ''):12} {headline[name]}")

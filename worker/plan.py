@@ -12,19 +12,23 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from ncfm_core.spec import EvaluationSpec, JobSpec, Part, digest
+from ncfm_core.spec import CORESETS, CoresetName, EvaluationSpec, JobSpec, Part, digest
 from worker.records import StageName
 
-Kind = Literal["teacher", "search", "distill", "evaluation", "random_real", "full_data", "publish"]
+Kind = Literal[
+    "teacher", "search", "distill", "evaluation", "random_real", "herding", "k_center", "full_data", "publish"
+]
 
 STAGE_VERSIONS: dict[Kind, int] = {
-    "teacher": 1,
+    "teacher": 2,
     "search": 2,
     "distill": 2,
-    "evaluation": 1,
-    "random_real": 1,
-    "full_data": 1,
-    "publish": 1,
+    "evaluation": 2,
+    "random_real": 2,
+    "herding": 1,
+    "k_center": 1,
+    "full_data": 2,
+    "publish": 2,
 }
 """Version of the code behind each kind of result.
 
@@ -38,9 +42,15 @@ STAGE_OF: dict[Kind, StageName] = {
     "distill": "distill",
     "evaluation": "evaluate",
     "random_real": "evaluate",
+    "herding": "evaluate",
+    "k_center": "evaluate",
     "full_data": "evaluate",
     "publish": "publish",
 }
+
+
+NUMBERED: frozenset[Kind] = frozenset({"teacher", "evaluation", "random_real", "herding", "k_center"})
+"""Kinds of which a job may need several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +73,7 @@ class Build:
     def label(self) -> str:
         """For a person: `teacher 2`, `full data`."""
         name = self.kind.replace("_", " ") + (" for the search" if self.held_out else "")
-        return f"{name} {self.index}" if self.kind in ("teacher", "evaluation", "random_real") else name
+        return f"{name} {self.index}" if self.kind in NUMBERED else name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +86,8 @@ class Plan:
     distill: Build
     evaluations: tuple[Build, ...]
     random_real: tuple[Build, ...]
+    coresets: tuple[Build, ...]
+    """Herding and k-center as far as they are asked for, each for every evaluation in turn."""
     full_data: Build
     publish: Build
 
@@ -87,6 +99,7 @@ class Plan:
         yield self.distill
         yield from self.evaluations
         yield from self.random_real
+        yield from self.coresets
         yield self.full_data
         yield self.publish
 
@@ -107,6 +120,12 @@ def plan(spec: JobSpec, data_digest: str | None, *, held_out_digest: str | None 
     distill = _distill(spec, searched, teachers)
     evaluations = tuple(_evaluation(spec, index, entry, distill) for index, entry in enumerate(spec.evaluate))
     random_real = tuple(_random_real(spec, index, entry, data_digest) for index, entry in enumerate(spec.evaluate))
+    coresets = tuple(
+        _coreset(spec, name, index, entry, teachers[0])
+        for name in CORESETS
+        if name in spec.baselines
+        for index, entry in enumerate(spec.evaluate)
+    )
     full_data = _full_data(spec, data_digest)
     return Plan(
         search_teachers=_teachers(spec, held_out_digest, held_out=True) if spec.search else (),
@@ -115,8 +134,9 @@ def plan(spec: JobSpec, data_digest: str | None, *, held_out_digest: str | None 
         distill=distill,
         evaluations=evaluations,
         random_real=random_real,
+        coresets=coresets,
         full_data=full_data,
-        publish=_publish(spec, (distill, *evaluations, *random_real, full_data)),
+        publish=_publish(spec, (distill, *evaluations, *random_real, *coresets, full_data)),
     )
 
 
@@ -208,6 +228,19 @@ def _random_real(spec: JobSpec, index: int, entry: EvaluationSpec, data_digest: 
         "seed": spec.seed,
     }
     return Build(kind="random_real", index=index, key=_key("random_real", parts))
+
+
+def _coreset(spec: JobSpec, name: CoresetName, index: int, entry: EvaluationSpec, teacher: Build) -> Build:
+    """Chosen by the features of the pool's first teacher, whose key names the data and the network."""
+    if teacher.key is None:
+        return Build(kind=name, index=index, key=None)
+    parts: dict[str, JsonValue] = {
+        "teacher": teacher.key,
+        "ipc": spec.ipc,
+        "evaluation": _evaluation_values(entry),
+        "seed": spec.seed,
+    }
+    return Build(kind=name, index=index, key=_key(name, parts))
 
 
 def _full_data(spec: JobSpec, data_digest: str | None) -> Build:

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 from ncfm_core.catalog import DatasetFacts
-from ncfm_core.spec import EvaluationSpec
+from ncfm_core.spec import AugmentSpec, EvaluationSpec
 from worker.recipe_network import network_source
 
 SCRIPT = """\
 import math
+import random
 from torch import nn
 import torch.nn.functional as F
 
 mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in ({mean}, {std}))
 epochs, batch_size = {epochs}, {batch_size}
 
-def augment(x):  # brightness, saturation and contrast of each image; then the batch is shifted, stretched or turned
-    {flip}u = torch.rand(3, len(x), 1, 1, 1)
-    x = x + (u[0] - 0.5)
-    if x.shape[1] > 1:
-        x = torch.lerp(x.mean(1, keepdim=True), x, 2 * u[1])
-    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, u[2] + 0.5)
-    theta, way = torch.eye(2, 3).repeat(len(x), 1, 1), torch.randint(3, ()).item()
-    if way == 0:
-        reach = int(0.125 * x.shape[2] + 0.5)
-        theta[:, :, 2] = torch.randint(-reach, reach + 1, (len(x), 2)) * 2 / x.shape[2]
-    elif way == 1:
-        theta[:, [0, 1], [0, 1]] = 1 / 1.2 + torch.rand(len(x), 2) * (1.2 - 1 / 1.2)
-    else:
-        angle = (torch.rand(len(x)) - 0.5) * math.pi / 6
-        turn = [angle.cos(), -angle.sin(), angle.sin(), angle.cos()]
-        theta[:, :, :2] = torch.stack(turn, 1).view(-1, 2, 2)
-    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+{operations}
+
+def augment(x):
+{augment}    return x
 
 {network}optimizer = {optimizer}
-schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(epochs * at) for at in {milestones}], {gamma})
+milestones = [round(epochs * at) for at in {milestones}]
+schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, {gamma})
 for epoch in range(epochs):
     for chosen in torch.randperm(len(images)).split(batch_size):
         loss = F.cross_entropy(model(augment((images[chosen] - mean) / std)), labels[chosen])
@@ -41,12 +30,68 @@ for epoch in range(epochs):
         loss.backward()
         optimizer.step()
     schedule.step()
-# test it on pixels in [0, 1]: model{evaluation}((test_images - mean) / std).argmax(1)"""
+{reset}# test it on pixels in [0, 1]: model{evaluation}((test_images - mean) / std).argmax(1)"""
 
 OPTIMIZERS = {
     "adamw": "torch.optim.AdamW(model.parameters(), lr={lr}, weight_decay={decay})",
     "sgd": "torch.optim.SGD(model.parameters(), lr={lr}, momentum=0.9, weight_decay={decay})",
 }
+
+
+WARP = """\
+def warp(x, matrix, shift=0.0):
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, :, :2], theta[:, :, 2] = matrix, shift
+    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)"""
+
+OPERATIONS = {
+    "flip": """\
+def flip(x):
+    return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)""",
+    "color": """\
+def color(x):  # brightness, saturation and contrast of each image
+    u = torch.rand(3, len(x), 1, 1, 1)
+    x = x + (u[0] - 0.5)
+    if x.shape[1] > 1:
+        x = torch.lerp(x.mean(1, keepdim=True), x, 2 * u[1])
+    return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, u[2] + 0.5)""",
+    "crop": """\
+def crop(x):  # shifted by whole pixels
+    reach = int(0.125 * x.shape[2] + 0.5)
+    return warp(x, torch.eye(2), torch.randint(-reach, reach + 1, (len(x), 2)) * 2 / x.shape[2])""",
+    "scale": """\
+def scale(x):
+    return warp(x, torch.diag_embed(1 / 1.2 + torch.rand(len(x), 2) * (1.2 - 1 / 1.2)))""",
+    "rotate": """\
+def rotate(x):
+    angle = (torch.rand(len(x)) - 0.5) * math.pi / 6
+    turn = [angle.cos(), -angle.sin(), angle.sin(), angle.cos()]
+    return warp(x, torch.stack(turn, 1).view(-1, 2, 2))""",
+    "cutout": """\
+def cutout(x):  # a hole of half the size
+    size, side = x.shape[2], int(0.5 * x.shape[2] + 0.5)
+    start = torch.randint(size + 1 - side % 2, (2, len(x), 1)) - side // 2
+    inside = (torch.arange(size) >= start) & (torch.arange(size) < start + side)
+    return x * ~(inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1)""",
+}
+GEOMETRIC = ("crop", "scale", "rotate")
+NOT_ITS_LABELS = """\
+# The figures above come from students that were trained on teacher logits; this one is trained on the classes.
+"""
+
+
+def _augmentation(spec: AugmentSpec) -> tuple[str, str]:
+    """Source of the operations that a specification names, and the lines that apply them to `x`."""
+    ops = spec.ops if spec.policy != "none" else ()
+    warp = [WARP] if set(ops) & set(GEOMETRIC) else []
+    sources = "\n\n".join(warp + [source for name, source in OPERATIONS.items() if name in ops])
+    if spec.policy == "single" and ops:
+        return sources, f"    x = random.choice([{', '.join(ops)}])(x)\n"
+    steps = [f"{name}(x)" for name in ("flip", "color") if name in ops]
+    if geometric := [name for name in GEOMETRIC if name in ops]:
+        steps.append(f"random.choice([{', '.join(geometric)}])(x)")
+    steps += [f"{name}(x)" for name in ("cutout",) if name in ops]
+    return sources, "".join(f"    x = {step}\n" for step in steps)
 
 
 def training_script(facts: DatasetFacts, entry: EvaluationSpec) -> str:
@@ -59,15 +104,19 @@ def training_script(facts: DatasetFacts, entry: EvaluationSpec) -> str:
         entry: the protocol and the student's network.
     """
     training = entry.training
-    return SCRIPT.format(
+    operations, augment = _augmentation(training.augment)
+    script = SCRIPT.format(
         mean=list(facts.mean),
         std=list(facts.std),
         epochs=training.epochs,
         batch_size=training.batch_size,
-        flip="x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)\n    " if facts.flip else "",
+        operations=operations,
+        augment=augment,
+        reset="    if epoch + 1 in milestones:\n        optimizer.state.clear()\n" if training.reset_optimizer else "",
         network=network_source(facts, entry.model),
         evaluation=".eval()" if entry.model.batch_statistics else "",
         optimizer=OPTIMIZERS[training.optimizer].format(lr=training.lr, decay=training.weight_decay),
         milestones=list(training.milestones),
         gamma=training.gamma,
     )
+    return (NOT_ITS_LABELS if training.needs_soft_labels else "") + script

@@ -67,6 +67,12 @@ class Figures(Record):
     """Random real images at the same IPC under the same protocol."""
     full: Accuracy
     """The full training set under its own recipe."""
+    herding: Accuracy | None = None
+    """Real images chosen by herding under the same protocol, where asked for."""
+    k_center: Accuracy | None = None
+    """Real images chosen by k-center under the same protocol, where asked for."""
+    label_robust_score: float | None = None
+    """DD-Ranking's score, in [0, 1] (ncfm_core.ranking)."""
 
 
 class FileRecord(Record):
@@ -143,7 +149,7 @@ class AttemptResult(Record):
     """A failed attempt whose cause is not the user's: the controller may try again."""
     figures: Figures | None
     evaluations: tuple[dict[str, JsonValue], ...]
-    """Every evaluation: protocol, model, and the accuracies of distilled, random_real."""
+    """Every evaluation: protocol, model, score, and the accuracies of distilled and baselines."""
     seconds: dict[str, float]
     """Wall time by stage of this attempt, and `total`."""
     artifacts: tuple[FileRecord, ...]

@@ -193,7 +193,7 @@ def _run_trial(
     from ncfm_core.distill import Distillation
     from ncfm_core.evaluate import evaluate
     from worker.building import read_pool
-    from worker.stages import finish
+    from worker.judging import finish
 
     search, split = spec.search, held_out(spec)
     assert search is not None and split is not None

@@ -6,35 +6,43 @@ All take the site (where and for whom), the storage and the data; what changes t
 from __future__ import annotations
 
 import io
-import statistics
 import time
 import zipfile
-from collections.abc import Generator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import safetensors.torch
 import torch
 from pydantic import JsonValue
 
+from ncfm_core.coresets import coreset
+from ncfm_core.coresets import random_real as draw_random_real
 from ncfm_core.datasets import Dataset, load_dataset
 from ncfm_core.distill import Distillation
-from ncfm_core.evaluate import Evaluation, evaluate
-from ncfm_core.evaluate import random_real as draw_random_real
+from ncfm_core.evaluate import evaluate
 from ncfm_core.pools import TeacherTraining
 from ncfm_core.progress import Progress
-from ncfm_core.spec import DatasetSpec, EvaluationSpec, FullDataSpec, JobSpec, ModelSpec, NcfmSpec, TrainingSpec
+from ncfm_core.spec import (
+    CoresetName,
+    DatasetSpec,
+    EvaluationSpec,
+    FullDataSpec,
+    JobSpec,
+    ModelSpec,
+    NcfmSpec,
+    TrainingSpec,
+)
 from ncfm_core.synthetic import to_state
 from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool, read_synthetic
 from worker.evidence import Evidence
 from worker.export import ZIP_DATE, data_card, export_files, png
-from worker.history import Event, History, Notice, Picture, Stage
+from worker.history import History, Notice, Picture, Stage
+from worker.judging import baseline_source, commit, judge
 from worker.recipe import training_script
-from worker.records import Accuracy, StageResult
+from worker.records import StageResult
 from worker.settings import DataAccess
 from worker.site import DataFacts, Site
 from worker.storage import Storage
-
-T = TypeVar("T")
 
 EVALUATION_FILE = "evaluation.json"
 PICTURED = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -164,7 +172,7 @@ def evaluation(
     """Fresh students on the synthetic set."""
     building = Building(site, storage, "evaluation", key)
     images, labels = read_synthetic(storage, distilled).decode()
-    return (yield from _judge(building, _students(images, labels, dataset, entry, seed, site.device)))
+    return (yield from judge(building, site, dataset, images=images, labels=labels, entry=entry, seed=seed))
 
 
 def random_real(
@@ -172,8 +180,38 @@ def random_real(
 ) -> Stage:
     """The same students on random real images."""
     building = Building(site, storage, "random_real", key)
-    images, labels = draw_random_real(dataset, ipc=ipc, seed=seed)
-    return (yield from _judge(building, _students(images, labels, dataset, entry, seed, site.device)))
+    images, labels = draw_random_real(baseline_source(dataset, entry, seed), ipc=ipc, seed=seed)
+    return (yield from judge(building, site, dataset, images=images, labels=labels, entry=entry, seed=seed))
+
+
+def herding(site: Site, storage: Storage, dataset: Dataset, **arguments: Any) -> Stage:
+    """The same students on real images whose mean is the class's."""
+    return _coreset("herding", site, storage, dataset, **arguments)
+
+
+def k_center(site: Site, storage: Storage, dataset: Dataset, **arguments: Any) -> Stage:
+    """The same students on real images that cover the class."""
+    return _coreset("k_center", site, storage, dataset, **arguments)
+
+
+def _coreset(
+    name: CoresetName,
+    site: Site,
+    storage: Storage,
+    dataset: Dataset,
+    *,
+    key: str,
+    teacher: StageResult,
+    model: ModelSpec,
+    ipc: int,
+    entry: EvaluationSpec,
+    seed: int,
+) -> Stage:
+    """Students on real images chosen by the features of a teacher, whose network `model` is."""
+    building, device = Building(site, storage, name, key), torch.device(site.device)
+    pool = read_pool(storage, [teacher], model=model, dataset=dataset, device=device)
+    images, labels = coreset(name, baseline_source(dataset, entry, seed), pool, ipc=ipc, device=device)
+    return (yield from judge(building, site, dataset, images=images, labels=labels, entry=entry, seed=seed))
 
 
 def full_data(
@@ -192,7 +230,7 @@ def full_data(
         seed=seed,
         device=torch.device(site.device),
     )
-    return (yield from _judge(building, students))
+    return (yield from commit(building, students, {}))
 
 
 def publish(site: Site, storage: Storage, dataset: Dataset, *, key: str, evidence: Evidence, spec: JobSpec) -> Stage:
@@ -200,9 +238,8 @@ def publish(site: Site, storage: Storage, dataset: Dataset, *, key: str, evidenc
     building = Building(site, storage, "publish", key)
     yield Progress(0, 1, "set")
     synthetic, facts = read_synthetic(storage, evidence.distilled), dataset.describe(spec.dataset.facts)
-    card = data_card(
-        synthetic, facts, seed=spec.seed, rows=evidence.card_rows(spec), recipe=training_script(facts, spec.evaluate[0])
-    )
+    recipe = training_script(facts, evidence.as_trained(spec.evaluate[0]))
+    card = data_card(synthetic, facts, seed=spec.seed, rows=evidence.card_rows(spec), recipe=recipe)
     exported = export_files(synthetic, facts, evidence.provenance(spec), card)
     files = {f"distilled/{name}": data for name, data in exported.items()}
     files[EVALUATION_FILE] = evidence.document(spec)
@@ -219,61 +256,6 @@ def _zip(files: dict[str, bytes]) -> bytes:
         for name, data in sorted(files.items()):
             archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), data)
     return out.getvalue()
-
-
-def accuracy_of(evaluation: Evaluation) -> Accuracy:
-    """The published figures of an evaluation."""
-    last, best = evaluation.last, evaluation.best
-    return Accuracy(
-        mean=statistics.fmean(last),
-        std=statistics.stdev(last) if len(last) > 1 else 0.0,
-        n=len(last),
-        best_mean=statistics.fmean(best),
-        values=last,
-    )
-
-
-def follow(steps: Generator[Progress, None, T], history: History) -> Generator[Event, None, T]:
-    """Pass progress on, keeping it in the history; the value is that of the steps."""
-    while True:
-        try:
-            progress = next(steps)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
-        history.add(progress)
-        yield progress
-
-
-def finish(steps: Generator[Progress, None, T]) -> T:
-    """Run to the end without a word."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
-
-
-def _students(
-    images: torch.Tensor, labels: torch.Tensor, dataset: Dataset, entry: EvaluationSpec, seed: int, device: str
-) -> Generator[Progress, None, Evaluation]:
-    return evaluate(
-        images,
-        labels,
-        dataset,
-        model=entry.model,
-        training=entry.training,
-        students=entry.students,
-        tests=entry.tests,
-        seed=seed,
-        device=torch.device(device),
-    )
-
-
-def _judge(building: Building, students: Generator[Progress, None, Evaluation]) -> Stage:
-    found = yield from follow(students, building.history)
-    return building.commit({}, {"accuracy": accuracy_of(found).model_dump(mode="json")})
 
 
 def _last(history: History) -> dict[str, JsonValue]:

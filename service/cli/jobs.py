@@ -166,11 +166,19 @@ def _show(job: Job, json: bool) -> None:
 def accuracy_table(job: Job) -> Table:
     """The figures of a finished job."""
     table = Table("trained on", "accuracy %", "students", title=f"{job.title}, last epoch", title_justify="left")
-    rows = {"distilled": "the distilled set", "random_real": "random real images, as many", "full": "the full data"}
+    rows = {
+        "distilled": "the distilled set",
+        "random_real": "random real images, as many",
+        "herding": "real images chosen by herding, as many",
+        "k_center": "real images chosen by k-center, as many",
+        "full": "the full data",
+    }
     for name, title in rows.items():
         figure = getattr(job.result, name)
         if figure is not None:
             table.add_row(title, f"{figure.mean:.1f} +- {figure.std:.1f}", str(figure.n))
+    if job.result is not None and job.result.label_robust_score is not None:
+        table.caption = f"label-robust score (DD-Ranking): {job.result.label_robust_score:.3f}"
     return table
 
 

@@ -87,9 +87,21 @@ def test_none_changes_nothing() -> None:
 
 def test_cutmix_share_is_the_area_that_stays() -> None:
     batch = torch.stack([torch.zeros(1, 16, 16), torch.ones(1, 16, 16)])
-    labels = torch.tensor([0, 1])
     for step in range(30):
-        mixed, other, share = augment.cutmix(batch, labels, 1.0, generator(0, "cutmix", step))
-        if not torch.equal(other, labels):
-            assert mixed[0].mean().item() == pytest.approx(1 - share)
-    assert augment.cutmix(batch, labels, 0.0, generator(0, "cutmix"))[2] == 1.0
+        mix = augment.draw_cutmix(1.0, 2, (16, 16), generator(0, "cutmix", step))
+        assert mix is not None
+        if mix.order.tolist() == [1, 0]:
+            assert mix(batch)[0].mean().item() == pytest.approx(1 - mix.share)
+    assert augment.draw_cutmix(0.0, 2, (16, 16), generator(0, "cutmix")) is None
+
+
+@pytest.mark.parametrize("policy", ["none", "single", "stack"])
+def test_batches_augmented_at_once_equal_each_apart(policy: str) -> None:
+    batches = torch.stack([images(), images() * 2, images() - 1])
+    for step in range(12):
+        drawn = [
+            augment.draw(AugmentSpec(policy=policy, ops=ALL), generator(0, f"draw/{i}", step), 6)  # type: ignore[arg-type]
+            for i in range(3)
+        ]
+        apart = torch.stack([augmentation(batch) for augmentation, batch in zip(drawn, batches, strict=True)])
+        torch.testing.assert_close(augment.each(drawn, batches), apart)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from ncfm_core.coresets import random_real
 from ncfm_core.datasets import Dataset, load_dataset
 from ncfm_core.datasets.pixels import statistics
 from ncfm_core.distill import Distillation
 from ncfm_core.errors import DatasetError
-from ncfm_core.evaluate import evaluate, random_real
+from ncfm_core.evaluate import evaluate
 from ncfm_core.pools import TeacherPool, TeacherTraining
 from ncfm_core.rng import generator
 from ncfm_core.spec import DatasetSpec, JobSpec

@@ -41,6 +41,41 @@ def test_training_that_was_stopped_goes_on_with_the_same_bits(
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_training_in_the_manner_of_dc_goes_on_with_the_same_bits_wherever_it_stopped(
+    digits: Dataset, spec: JobSpec, stop: int
+) -> None:
+    changes = {"epochs": 4, "milestones": (0.5,), "gamma": 0.1, "reset_optimizer": True, "cutmix": 0.0}
+    whole, first, second = (training(digits, spec, **changes) for _ in range(3))
+    assert whole.total == 12 and whole.steps_per_epoch == 3
+    for _ in whole.run():
+        pass
+    for _ in first.run(until=stop):
+        pass
+    second.load_state(first.state())
+    for _ in second.run():
+        pass
+    for left, right in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_momentum_is_dropped_at_the_milestone_and_nowhere_else(digits: Dataset, spec: JobSpec) -> None:
+    changes = {"epochs": 4, "milestones": (0.5,), "weight_decay": 0.0, "cutmix": 0.0}
+    run = training(digits, spec, reset_optimizer=True, **changes)
+    fresh = []
+    for step in range(run.total):
+        for _ in run.run(until=step + 1):
+            pass
+        parameter = next(iter(run.model.parameters()))
+        fresh.append(torch.equal(run.optimizer.state[parameter]["momentum_buffer"], parameter.grad))  # type: ignore[arg-type]
+    assert [step for step, is_fresh in enumerate(fresh) if is_fresh] == [0, 6]
+    kept = training(digits, spec, reset_optimizer=False, **changes)
+    for _ in kept.run(until=7):
+        pass
+    parameter = next(iter(kept.model.parameters()))
+    assert not torch.equal(kept.optimizer.state[parameter]["momentum_buffer"], parameter.grad)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("stop", [1, 4])
 def test_training_of_a_batch_norm_network_goes_on_with_the_same_bits_and_buffers(
     digits: Dataset, spec: JobSpec, stop: int
@@ -149,45 +184,3 @@ def test_features_have_length_one(digits: Dataset, pool: TeacherPool) -> None:
     weights = pool.draw(generator(0, "draw")).match
     features = pool.features(weights, digits.normalise(digits.test_images[:5]))
     assert features.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
-
-
-def batch_pool(digits: Dataset, spec: JobSpec) -> TeacherPool:
-    model = spec.model.model_copy(update={"norm": "batch"})
-    teachers = []
-    for index in range(2):
-        recipe = spec.teachers.training.model_copy(update={"epochs": 1})
-        teacher = TeacherTraining(digits, model, recipe, seed=0, index=index, device=CPU)
-        for _ in teacher.run():
-            pass
-        teachers.append(teacher.result())
-    return TeacherPool(model, digits, teachers, CPU)
-
-
-def test_pool_of_batch_norm_networks_keeps_its_running_statistics(digits: Dataset, spec: JobSpec) -> None:
-    pool = batch_pool(digits, spec)
-    before = {name: stack.clone() for name, stack in pool._buffers.items()}
-    extractors = pool.draw(generator(0, "draw"))
-    images = digits.normalise(digits.train_images[:20])
-    together, apart = pool.features(extractors.match, images), pool.features(extractors.match, images[:10])
-    assert not torch.allclose(together[:10], apart, atol=1e-4)
-    logits = pool.logits(extractors.calibrate, images)
-    torch.testing.assert_close(logits[:10], pool.logits(extractors.calibrate, images[:10]))
-    assert torch.equal(pool.features(extractors.match, images), together)
-    assert sorted(before) == sorted(name for name, _ in pool.network.named_buffers())
-    assert all(torch.equal(stack, before[name]) for name, stack in pool._buffers.items())
-
-
-def test_logits_of_a_pool_are_those_of_the_trained_network_in_evaluation_mode(digits: Dataset, spec: JobSpec) -> None:
-    pool, images = batch_pool(digits, spec), digits.normalise(digits.train_images[:20])
-    calibrate = pool.draw(generator(0, "draw")).calibrate
-    model = build_model(
-        spec.model.model_copy(update={"norm": "batch"}),
-        image_shape=digits.image_shape,
-        num_classes=10,
-        draw=generator(1, "init"),
-    )
-    model.load_state_dict(calibrate)
-    torch.testing.assert_close(pool.logits(calibrate, images), model.eval()(images))
-    labels = pool.label(images)
-    torch.testing.assert_close(labels.logsumexp(1), torch.zeros(20), atol=1e-5, rtol=0)
-    torch.testing.assert_close(pool.label(images[:5]), labels[:5], atol=1e-5, rtol=1e-4)

@@ -15,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torchvision.datasets import ImageFolder
 
+from ncfm_core import augment
 from ncfm_core.catalog import dataset_facts
 from ncfm_core.datasets import load_dataset
 from ncfm_core.errors import StorageError
 from ncfm_core.models import build_model
 from ncfm_core.networks import NETWORKS
 from ncfm_core.rng import generator
+from ncfm_core.spec import AugmentSpec
 from ncfm_core.submission import resolve
 from ncfm_core.synthetic import SyntheticSet, start
 from worker.export import class_folders, data_card, export_files, load_export
@@ -124,6 +126,39 @@ def test_training_snippet_builds_every_network(name: str, norm: str) -> None:
         renamed = dict(zip(theirs.state_dict(), (state[key] for key in keys), strict=True))
         theirs.load_state_dict(renamed)
         torch.testing.assert_close(theirs.eval()(names["images"]), ours.eval()(names["images"]))
+
+
+@pytest.mark.parametrize("protocol", ["dc", "ncfm", "ddranking"])
+def test_training_snippet_follows_the_protocol(protocol: str) -> None:
+    evaluate: Any = [{"protocol": protocol, "training": {"epochs": 4, "milestones": [0.5], "cutmix": 0.0}}]
+    entry = resolve({"dataset": "cifar10", "ipc": 1, "model": {"width": 4}, "evaluate": evaluate}).evaluate[0]
+    names: dict[str, Any] = {"torch": torch, "images": torch.rand(10, 3, 32, 32), "labels": torch.arange(10)}
+    script = training_script(dataset_facts("cifar10"), entry)
+    exec(script, names)
+    assert ("optimizer.state.clear()" in script) is (protocol == "dc")
+    assert ("cutout" in script) is (protocol != "ncfm")
+    assert names["optimizer"].param_groups[0]["lr"] == pytest.approx(entry.training.lr * entry.training.gamma)
+
+
+@pytest.mark.parametrize("name", augment.OPERATIONS)
+def test_operations_of_the_snippet_are_ours(name: str) -> None:
+    """Mean and spread of every pixel over many draws, which are not the same ones."""
+    spec = AugmentSpec(policy="single", ops=(name,))  # type: ignore[arg-type]
+    entry = resolve({"dataset": "cifar10", "ipc": 1}).evaluate[0]
+    training = entry.training.model_copy(update={"augment": spec, "epochs": 1})
+    small = entry.model.model_copy(update={"width": 4})
+    script = training_script(dataset_facts("cifar10"), entry.model_copy(update={"training": training, "model": small}))
+    names: dict[str, Any] = {"torch": torch, "images": torch.rand(2, 3, 32, 32), "labels": torch.arange(2)}
+    exec(script, names)
+    image = torch.nn.functional.interpolate(
+        torch.randn(1, 3, 4, 4, generator=generator(0, "image")), 32, mode="bilinear"
+    )
+    batch = image.expand(1500, 3, 32, 32)
+    ours = augment.draw(spec, generator(0, "draw"), 1500)(batch)
+    torch.manual_seed(0)
+    theirs = names["augment"](batch)
+    torch.testing.assert_close(theirs.mean(0), ours.mean(0), atol=0.15, rtol=0)
+    torch.testing.assert_close(theirs.std(0), ours.std(0), atol=0.15, rtol=0)
 
 
 def test_opens_as_image_folder(folder: Path, tmp_path: Path, synthetic: SyntheticSet) -> None:

@@ -87,6 +87,42 @@ def test_two_evaluations_have_keys_of_their_own() -> None:
     assert planned.random_real[0].key != planned.random_real[1].key
 
 
+CORESETS = {"herding 0", "k center 0"}
+
+
+def coresets(**parts: Any) -> dict[str, str | None]:
+    """Keys of the coresets of a job that asks for both."""
+    named = keys(plan(changed(baselines=["random_real", "herding", "k_center"], **parts), DATA))
+    return {name: named[name] for name in CORESETS}
+
+
+def test_coresets_are_planned_where_they_are_asked_for() -> None:
+    assert plan(changed(), DATA).coresets == ()
+    both = plan(changed(baselines=["random_real", "k_center", "herding"], evaluate=[{}, {"students": 2}]), DATA)
+    assert [each.label for each in both.coresets] == ["herding 0", "herding 1", "k center 0", "k center 1"]
+    assert len({each.key for each in both.coresets}) == 4
+    assert differing(baselines=["random_real", "herding"]) == {"publish"}
+    assert {each.key for each in plan(changed(baselines=["random_real", "herding"]), None).coresets} == {None}
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_new"),
+    [
+        ({"teachers": {"training": {"epochs": 3}}}, True),
+        ({"model": {"width": 16}}, True),
+        ({"ipc": 2}, True),
+        ({"seed": 1}, True),
+        ({"evaluate": [{"students": 2}]}, True),
+        ({"teachers": {"count": 1}}, False),
+        ({"method": {"steps": 10}}, False),
+        ({"full_data": {"students": 1}}, False),
+    ],
+)
+def test_key_of_a_coreset_hangs_on_the_first_teacher_and_the_protocol(parts: dict[str, Any], is_new: bool) -> None:
+    before, after = coresets(), coresets(**parts)
+    assert all((before[name] != after[name]) is is_new for name in CORESETS)
+
+
 SEARCH = {"space": {"image_lr": [0.01, 0.02]}}
 
 

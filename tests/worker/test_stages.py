@@ -171,7 +171,7 @@ def test_published_files_hold_set_and_evidence(job_of: JobOf, storage: Storage, 
     archive = zipfile.ZipFile(io.BytesIO(read_result_file(storage, published, "distilled-digits-ipc1.zip")))
     assert set(archive.namelist()) == names - {"distilled-digits-ipc1.zip"}
     document = json.loads(archive.read("evaluation.json"))
-    assert document["evaluations"][0]["distilled"]["mean"] == evidence.figures().distilled.mean
+    assert document["evaluations"][0]["distilled"]["mean"] == evidence.figures(job.spec).distilled.mean
     assert document["results"]["distill"] == distilled.key
     again, _ = finish(
         stages.publish(job_of(2).site, storage, job.digits, key="sha256:" + "e" * 64, evidence=evidence, spec=job.spec)
@@ -202,3 +202,36 @@ def test_accuracy_counts_the_last_epoch_of_each_student(job_of: JobOf, finish: F
     assert accuracy.mean == pytest.approx(sum(last) / 2)
     assert accuracy.std == pytest.approx(abs(last[0] - last[1]) / 2**0.5)
     assert accuracy.best_mean >= accuracy.mean
+
+
+def judged_by(
+    finish: Finish, job: Job, entry: Any, *, kind: str, teacher: StageResult | None = None
+) -> tuple[StageResult, list[Event]]:
+    """One baseline under an evaluation of its own."""
+    more: Any = {} if teacher is None else {"teacher": teacher, "model": job.spec.model}
+    stage = getattr(stages, kind)(
+        job.site, job.storage, job.digits, key=f"sha256:{kind:f<64}", ipc=1, entry=entry, seed=0, **more
+    )
+    return finish(stage)
+
+
+def test_rate_is_chosen_for_the_set_at_hand_and_recorded(job_of: JobOf, finish: Finish) -> None:
+    job = job_of(1)
+    first = job.spec.evaluate[0]
+    entry = first.model_copy(update={"lr_grid": (1e-7, 0.01)})
+    result, events = judged_by(finish, job, entry, kind="random_real")
+    assert result.figures["lr"] == 0.01
+    rows = [event.metrics for event in events if isinstance(event, Progress)]
+    assert [row["lr"] for row in rows if "lr" in row] == [1e-7, 0.01]
+    assert [row["accuracy"] for row in rows if "accuracy" in row] == list(accuracy_in(result).values)
+
+
+@pytest.mark.parametrize("kind", ["herding", "k_center"])
+def test_coresets_are_judged_and_shown_like_random_images(job_of: JobOf, finish: Finish, kind: str) -> None:
+    job = job_of(1)
+    teacher, _ = finish(job.teacher(0))
+    result, _ = judged_by(finish, job, job.spec.evaluate[0], kind=kind, teacher=teacher)
+    assert result.stage == "evaluate"
+    assert accuracy_in(result).n == 2
+    again, _ = judged_by(finish, job, job.spec.evaluate[0], kind=kind, teacher=teacher)
+    assert accuracy_in(again) == accuracy_in(result)

@@ -165,7 +165,9 @@ class Attempt:
                 self._storage.put(f"{set_folder(self._job.job_id)}/{name}", self._storage.read_file(file))
         if self._tracker is not None:
             self._reporter.say("publishes to MLflow")
-            story = tell(self._storage, needed.builds(), results, evidence=outcome.evidence, published=published)
+            story = tell(
+                self._storage, needed.builds(), results, evidence=outcome.evidence, published=published, spec=spec
+            )
             files = {file.name: self._storage.read_file(file) for file in outcome.files}
             trials = self._trials(searched) if searched else ()
             self._tracker.complete(replace(story, files=files, trials=trials))

@@ -72,7 +72,7 @@ def _succeeded(board: Board, outcome: Outcome) -> AttemptResult:
     return _result(board).model_copy(
         update={
             "outcome": "succeeded",
-            "figures": outcome.evidence.figures(),
+            "figures": outcome.evidence.figures(outcome.spec),
             "evaluations": outcome.evidence.entries(outcome.spec),
             "artifacts": outcome.files,
         }

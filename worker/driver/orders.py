@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ncfm_core.spec import JobSpec
+from ncfm_core.spec import CORESETS, JobSpec
 from worker.driver.pool import Order, Results
 from worker.evidence import Evidence
 from worker.plan import Build, Plan, held_out
@@ -20,11 +20,12 @@ def distill_orders(plan: Plan, spec: JobSpec) -> list[Order]:
     """Everything else of a plan without a search, most wanted first: what the set waits for goes before the baselines."""
     teachers = _keys(plan.teachers)
     distill = Order(build=plan.distill, needs=teachers, arguments=_distill_arguments(spec, teachers))
-    parts = (plan.distill, *plan.evaluations, *plan.random_real, plan.full_data)
+    parts = (plan.distill, *plan.evaluations, *plan.random_real, *plan.coresets, plan.full_data)
     return [
         distill,
         *(_evaluation(build, spec, distill.key) for build in plan.evaluations),
         *(_random_real(build, spec) for build in plan.random_real),
+        *(_coreset(build, spec, teachers[0]) for build in plan.coresets),
         Order(build=plan.full_data, arguments=lambda _: _full_data_arguments(spec)),
         Order(
             build=plan.publish,
@@ -40,6 +41,11 @@ def evidence(plan: Plan, results: Results) -> Evidence:
         distilled=results[str(plan.distill.key)],
         evaluations=[results[str(build.key)] for build in plan.evaluations],
         random_real=[results[str(build.key)] for build in plan.random_real],
+        coresets={
+            name: [results[str(build.key)] for build in plan.coresets if build.kind == name]
+            for name in CORESETS
+            if any(build.kind == name for build in plan.coresets)
+        },
         full_data=results[str(plan.full_data.key)],
     )
 
@@ -81,6 +87,21 @@ def _evaluation(build: Build, spec: JobSpec, distill: str) -> Order:
 def _random_real(build: Build, spec: JobSpec) -> Order:
     entry = spec.evaluate[build.index]
     return Order(build=build, arguments=lambda _: {"ipc": spec.ipc, "entry": entry, "seed": spec.seed})
+
+
+def _coreset(build: Build, spec: JobSpec, teacher: str) -> Order:
+    entry = spec.evaluate[build.index]
+    return Order(
+        build=build,
+        needs=(teacher,),
+        arguments=lambda results: {
+            "teacher": results[teacher],
+            "model": spec.model,
+            "ipc": spec.ipc,
+            "entry": entry,
+            "seed": spec.seed,
+        },
+    )
 
 
 def _full_data_arguments(spec: JobSpec) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from ulid import ULID
 
 from ncfm_core.errors import NcfmError
-from ncfm_core.spec import JobSpec
+from ncfm_core.spec import CORESETS, JobSpec
 from worker.driver.attempt import Assignment
 from worker.driver.board import Board
 from worker.driver.border import drive, refuse
@@ -118,6 +118,8 @@ def headline(assignment: Assignment, result: AttemptResult, storage: Storage) ->
         "distilled": _short(result.figures.distilled),
         "random_real": _short(result.figures.random_real),
         "full": _short(result.figures.full),
+        **{name: _short(accuracy) for name in CORESETS if (accuracy := getattr(result.figures, name)) is not None},
+        "label_robust_score": result.figures.label_robust_score,
         "seconds": {**dict.fromkeys(STAGE_SECONDS, 0.0), **result.seconds},
         "mlflow_run_id": result.mlflow_run_id,
         "mlflow_url": result.mlflow_url,

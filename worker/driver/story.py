@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from ncfm_core.spec import JobSpec
 from worker.driver.live import Rows, Story
 from worker.driver.pool import Results
 from worker.evidence import Evidence
@@ -22,8 +23,8 @@ def metric_prefix(build: Build) -> str:
             return f"{'search/' if build.held_out else ''}teachers/{build.index}/"
         case "evaluation":
             return f"evaluate/{build.index}/distilled/"
-        case "random_real":
-            return f"evaluate/{build.index}/random_real/"
+        case "random_real" | "herding" | "k_center":
+            return f"evaluate/{build.index}/{build.kind}/"
         case "full_data":
             return "evaluate/full_data/"
         case _:
@@ -36,14 +37,21 @@ def result_file(storage: Storage, result: StageResult, name: str) -> bytes:
 
 
 def tell(
-    storage: Storage, builds: Iterable[Build], results: Results, *, evidence: Evidence, published: StageResult
+    storage: Storage,
+    builds: Iterable[Build],
+    results: Results,
+    *,
+    evidence: Evidence,
+    published: StageResult,
+    spec: JobSpec,
 ) -> Story:
     """The whole story: curves and costs of every build, grids of the set, the headline figures and the published files."""
     rows: Rows = []
     for build in builds:
         result = results[str(build.key)]
         rows += _rows(storage, metric_prefix(build), result)
-    rows += _headline(evidence, published)
+    rows += _headline(evidence, published, spec)
+    rows += _scores(evidence, published, spec)
     return Story(
         rows=rows,
         pictures=list(_pictures(storage, evidence.distilled)),
@@ -63,15 +71,29 @@ def _rows(storage: Storage, prefix: str, result: StageResult) -> Rows:
     return rows
 
 
-def _headline(evidence: Evidence, published: StageResult) -> Iterator[tuple[str, dict[str, float]]]:
-    figures = evidence.figures()
+def _headline(evidence: Evidence, published: StageResult, spec: JobSpec) -> Iterator[tuple[str, dict[str, float]]]:
+    figures = evidence.figures(spec)
     time = float(round(published.created_at.timestamp() * 1000))
     for name, accuracy in (
         ("distilled", figures.distilled),
         ("random_real", figures.random_real),
+        ("herding", figures.herding),
+        ("k_center", figures.k_center),
         ("full_data", figures.full),
     ):
-        yield "accuracy/", {"step": 0.0, "time": time, name: accuracy.mean, f"{name}_std": accuracy.std}
+        if accuracy is not None:
+            yield "accuracy/", {"step": 0.0, "time": time, name: accuracy.mean, f"{name}_std": accuracy.std}
+
+
+def _scores(evidence: Evidence, published: StageResult, spec: JobSpec) -> Iterator[tuple[str, dict[str, float]]]:
+    """The label-robust score of every evaluation that has one; that of the first also stands alone."""
+    time = float(round(published.created_at.timestamp() * 1000))
+    for index, score in enumerate(evidence.scores(spec)):
+        if score is not None:
+            row = {"step": 0.0, "time": time, "label_robust_score": score.score}
+            yield f"evaluate/{index}/", row
+            if index == 0:
+                yield "", row
 
 
 def _pictures(storage: Storage, distilled: StageResult) -> Iterator[Picture]:

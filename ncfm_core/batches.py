@@ -1,0 +1,158 @@
+"""What a training sees at each step: which images, how augmented and mixed, and the loss on them.
+
+All of it is drawn from (seed, stream, step) alone: networks see the same whether they are trained apart or at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ncfm_core import augment
+from ncfm_core.augment import Augmentation, Mix
+from ncfm_core.datasets import Dataset, Images
+from ncfm_core.errors import SpecError
+from ncfm_core.rng import generator
+from ncfm_core.spec import TrainingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one network draws for one step."""
+
+    chosen: Tensor
+    """int64 of shape (n,), on the images' device."""
+    augmentation: Augmentation
+    mix: Mix | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images and what they are; with a leading axis of k where k networks are trained at once."""
+
+    images: Tensor
+    """Normalised, augmented and mixed, shape (n, channels, H, W)."""
+    labels: Tensor
+    """int64 of shape (n,), or teacher logits of shape (n, classes) where the loss compares with those."""
+    others: Tensor | None
+    """The same of what was pasted in; None where nothing was mixed."""
+    share: Tensor | float
+    """Of the loss on `labels`; `others` have the rest."""
+
+
+class Batches:
+    """Labelled images and the recipe that they are trained on by."""
+
+    def __init__(
+        self,
+        images: Tensor | Images,
+        labels: Tensor,
+        dataset: Dataset,
+        *,
+        spec: TrainingSpec,
+        targets: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            images: shape (N, channels, H, W), uint8 or float in [0, 1]; may lie in a file.
+            labels: int64 of shape (N,).
+            dataset: whose statistics normalise the images.
+            spec: the recipe.
+            targets: teacher logits, float32 of shape (N, classes); for losses that compare with them.
+
+        Raises:
+            SpecError: the loss needs targets and there are none.
+        """
+        if spec.needs_soft_labels and targets is None:
+            message = "needs soft labels (teacher logits), and these images have none"
+            raise SpecError.of("training.loss", spec.loss, message, "Use cross_entropy.")
+        # Small sets are normalised once; large ones stay bytes and are normalised batch by batch.
+        self._dataset, self._normalised = dataset, len(images) <= spec.batch_size
+        self._images = dataset.normalise(images[:]) if self._normalised else images
+        self._labels = targets if spec.needs_soft_labels and targets is not None else labels
+        self.spec, self.device = spec, labels.device
+        self.batch_size = min(spec.batch_size, len(images))
+        self.steps_per_epoch = -(-len(images) // self.batch_size)
+        self.total = spec.epochs * self.steps_per_epoch
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        _, height, width = self._dataset.image_shape
+        return height, width
+
+    def example(self) -> Tensor:
+        """One image as a network sees it, without augmentation, shape (1, channels, H, W)."""
+        return self._images[:1] if self._normalised else self._dataset.normalise(self._images[:1])
+
+    def orders(self, epoch: int, *, seed: int, streams: Sequence[str]) -> Tensor:
+        """In which the images come in an epoch, for each stream: int64 of shape (k, N)."""
+        draws = [generator(seed, f"{stream}/order", epoch) for stream in streams]
+        return torch.stack([torch.randperm(len(self._labels), generator=draw) for draw in draws]).to(self.device)
+
+    def draw(self, order: Tensor, step: int, *, seed: int, stream: str) -> Draw:
+        """The draw of a step, given the order of its epoch."""
+        place = step % self.steps_per_epoch
+        chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+        draw = generator(seed, f"{stream}/augment", step)
+        augmentation = augment.draw(self.spec.augment, draw, len(chosen))
+        return Draw(chosen, augmentation, augment.draw_cutmix(self.spec.cutmix, len(chosen), self.image_size, draw))
+
+    def batch(self, draw: Draw) -> Batch:
+        """The batch of one network."""
+        images, labels = self._images[draw.chosen], self._labels[draw.chosen]
+        if not self._normalised:
+            images = self._dataset.normalise(images)
+        images = draw.augmentation(images)
+        if draw.mix is None:
+            return Batch(images, labels, None, 1.0)
+        return Batch(draw.mix(images), labels, labels[draw.mix.order.to(labels.device)], draw.mix.share)
+
+    def stacked(self, draws: Sequence[Draw]) -> Batch:
+        """The batches of k networks, for every tensor a leading axis of k."""
+        chosen = torch.stack([draw.chosen for draw in draws])
+        images, labels = self._images[chosen.flatten()], self._labels[chosen]
+        if not self._normalised:
+            images = self._dataset.normalise(images)
+        images = images.unflatten(0, chosen.shape)
+        images = augment.each([draw.augmentation for draw in draws], images)
+        mixes = [draw.mix for draw in draws]
+        if not any(mixes):
+            return Batch(images, labels, None, 1.0)
+        mixed = torch.stack([mix(batch) if mix else batch for mix, batch in zip(mixes, images, strict=True)])
+        others = torch.stack(
+            [each[mix.order.to(each.device)] if mix else each for mix, each in zip(mixes, labels, strict=True)]
+        )
+        share = torch.tensor([mix.share if mix else 1.0 for mix in mixes]).to(images.device)
+        return Batch(mixed, labels, others, share)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of a batch: a scalar, or of shape (k,) where k networks are trained at once.
+
+        Args:
+            logits: shape (n, classes) or (k, n, classes).
+            batch: what they were computed from.
+        """
+        loss = self._loss(logits, batch.labels)
+        if batch.others is None:
+            return loss
+        return loss * batch.share + self._loss(logits, batch.others) * (1 - batch.share)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        match self.spec.loss:
+            case "l1_logits":
+                return (logits - labels).abs().mean(dim=(-2, -1))
+            case "soft_cross_entropy":
+                return -(labels.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean(-1)
+            case "kl":
+                given = labels.log_softmax(-1)
+                return (given.exp() * (given - logits.log_softmax(-1))).sum(-1).mean(-1)
+            case _:
+                if logits.ndim == 2:
+                    return F.cross_entropy(logits, labels)
+                losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+                return losses.view(labels.shape).mean(-1)

@@ -1,0 +1,113 @@
+"""Real images chosen by a rule, as many as the set has: what a distilled set has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ncfm_core.datasets import Dataset
+from ncfm_core.errors import SpecError
+from ncfm_core.pools import TeacherPool
+from ncfm_core.rng import generator
+from ncfm_core.spec import CoresetName
+from ncfm_core.training import forward_batch
+
+
+def random_real(dataset: Dataset, *, ipc: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`ipc` random real images of each class.
+
+    Returns:
+        uint8 images of shape (C * ipc, channels, H, W) and their labels.
+
+    Raises:
+        SpecError: a class has fewer.
+    """
+    _check(dataset, ipc)
+    chosen = dataset.class_batches(ipc, generator(seed, "random-real")).flatten().to(dataset.device)
+    return dataset.take(chosen), dataset.train_labels[chosen]
+
+
+def coreset(
+    name: CoresetName, dataset: Dataset, pool: TeacherPool, *, ipc: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`ipc` real images of each class, chosen in the feature space of a trained network; nothing is drawn.
+
+    Args:
+        name: `herding` or `k_center`.
+        dataset: the real data.
+        pool: its first teacher's trained end gives the features: flat, of the penultimate layer, of their own length.
+        ipc: images per class.
+        device: of the pool.
+
+    Returns:
+        uint8 images of shape (C * ipc, channels, H, W) and their labels, class by class in the order of the choice.
+
+    Raises:
+        SpecError: a class has fewer.
+    """
+    _check(dataset, ipc)
+    choose = {"herding": herding, "k_center": k_center}[name]
+    weights = pool.trained(0)
+    chosen = []
+    for members, count in zip(dataset.members, dataset.class_counts, strict=True):
+        indices = members[:count].to(dataset.device)
+        parts = [
+            pool.raw_features(weights, dataset.normalise(dataset.take(part).to(device)))
+            for part in indices.split(forward_batch(device))
+        ]
+        chosen.append(indices[choose(torch.cat(parts), ipc).to(dataset.device)])
+    order = torch.cat(chosen)
+    return dataset.take(order), dataset.train_labels[order]
+
+
+def herding(features: Tensor, count: int) -> Tensor:
+    """Greedily those whose mean stays nearest to the mean of all (Welling 2009; iCaRL, arXiv 1611.07725, section 3.2).
+
+    Args:
+        features: shape (N, D).
+        count: how many, at most N.
+
+    Returns:
+        int64 of shape (count,), in the order of the choice; ties go to the lowest index.
+    """
+    mean, total = features.mean(dim=0), torch.zeros_like(features[0])
+    left = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    chosen = []
+    # |mean - (total + x) / k|^2 without what is the same for all x: |x|^2 - 2 x (k mean - total), over k^2.
+    lengths = features.square().sum(dim=1)
+    for k in range(1, count + 1):
+        distance = lengths - 2 * (features @ (k * mean - total))
+        best = distance.masked_fill(~left, torch.inf).argmin()
+        chosen.append(best)
+        left[best] = False
+        total = total + features[best]
+    return torch.stack(chosen)
+
+
+def k_center(features: Tensor, count: int) -> Tensor:
+    """Greedily the one farthest from those chosen, from the one nearest to the mean on (arXiv 1708.00489, algorithm 1).
+
+    Args:
+        features: shape (N, D).
+        count: how many, at most N.
+
+    Returns:
+        int64 of shape (count,), in the order of the choice; ties go to the lowest index.
+    """
+    best = (features - features.mean(dim=0)).square().sum(dim=1).argmin()
+    chosen = [best]
+    nearest = torch.full_like(features[:, 0], torch.inf)
+    for _ in range(1, count):
+        nearest = torch.minimum(nearest, (features - features[best]).square().sum(dim=1))
+        # Chosen ones stay out even where several images have the same features.
+        nearest[best] = -1.0
+        best = nearest.argmax()
+        chosen.append(best)
+    return torch.stack(chosen)
+
+
+def _check(dataset: Dataset, ipc: int) -> None:
+    smallest = min(dataset.class_counts)
+    if ipc > smallest:
+        message = "more images per class than the smallest class has to choose from"
+        raise SpecError.of("ipc", ipc, message, f"Choose 1 to {smallest}.")
