@@ -13,8 +13,6 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
@@ -26,13 +24,8 @@ from pydantic import (
 
 from ncfm_core.catalog import DatasetFacts, DatasetName, PresetName, dataset_facts
 from ncfm_core.networks import NETWORKS, NetworkName, Norm
-
-Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Rate = Annotated[float, Field(gt=0, le=1000)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0, le=1e6)]
-Epochs = Annotated[int, Field(ge=1, le=100_000)]
-BatchSize = Annotated[int, Field(ge=1, le=100_000)]
+from ncfm_core.parts import BatchSize, Epochs, Fraction, Part, Rate, Seed, Weight
+from ncfm_core.space import SearchSpec
 
 ProtocolName = Literal["dc", "ncfm", "apm", "ddranking", "quick", "custom"]
 CoresetName = Literal["herding", "k_center"]
@@ -40,14 +33,6 @@ CORESETS: tuple[CoresetName, ...] = ("herding", "k_center")
 BaselineName = Literal["random_real", "herding", "k_center"]
 
 AUGMENT_OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
-
-
-class Part(BaseModel):
-    """Base of every part: frozen, closed, finite numbers, no silent conversions."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
-    )
 
 
 _EXAMPLE = '{"name": "imagefolder", "uri": "/data/birds.tar", "image_size": 64}'
@@ -312,60 +297,6 @@ class CheckpointSpec(Part):
     """At most this many steps between two checkpoints."""
     every_seconds: Annotated[float, Field(gt=0, le=86_400)]
     """At most this many seconds between two checkpoints."""
-
-
-class Uniform(Part):
-    uniform: tuple[float, float]
-    """Lower and upper bound."""
-
-
-class LogUniform(Part):
-    loguniform: tuple[float, float]
-    """Lower and upper bound, both positive."""
-
-
-class RandInt(Part):
-    randint: tuple[int, int]
-    """Lower bound and upper bound, the upper one excluded."""
-
-
-Choice = Annotated[tuple[bool | int | float | str, ...], Field(min_length=1, max_length=100)]
-
-
-class SearchSpec(Part):
-    """Ray Tune over fields of `method`, judged on a part of the training data held out; the test set is never looked at."""
-
-    trials: Annotated[int, Field(ge=1, le=10_000)]
-    """Samples drawn from the space."""
-    space: Annotated[dict[str, Uniform | LogUniform | RandInt | Choice], Field(min_length=1, max_length=32)]
-    """Field of `method` to what it may be: a list of values, `uniform`, `loguniform` or `randint`."""
-    scheduler: Literal["asha", "random"]
-    """`asha` stops trials that fall behind at the rungs; `random` runs all to their end."""
-    steps: Annotated[int, Field(ge=1, le=10_000_000)]
-    """Updates of the images in a trial."""
-    rungs: Annotated[int, Field(ge=1, le=10)]
-    """Evaluations along a trial, evenly spaced, the last at its end."""
-    students: Annotated[int, Field(ge=1, le=100)]
-    """Students per evaluation."""
-    epochs: Epochs
-    """Of each student."""
-    validation_fraction: Annotated[float, Field(ge=0.01, le=0.5)]
-    """Share of each class's training images that is held out for judging."""
-
-    @field_validator("space")
-    @classmethod
-    def _ordered_bounds(
-        cls, space: dict[str, Uniform | LogUniform | RandInt | Choice]
-    ) -> dict[str, Uniform | LogUniform | RandInt | Choice]:
-        for name, entry in space.items():
-            if isinstance(entry, tuple):
-                continue
-            (low, high), *_ = entry.model_dump().values()
-            if not low < high:
-                raise ValueError(f"{name}: the lower bound must be below the upper one, got [{low}, {high}]")
-            if isinstance(entry, LogUniform) and low <= 0:
-                raise ValueError(f"{name}: loguniform needs positive bounds, got [{low}, {high}]")
-        return space
 
 
 class JobSpec(Part):

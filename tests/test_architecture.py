@@ -16,6 +16,8 @@ STDLIB = frozenset(sys.stdlib_module_names)
 TORCH_FREE = frozenset(
     {
         "spec",
+        "parts",
+        "space",
         "catalog",
         "networks",
         "geometry",

@@ -12,7 +12,8 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from ncfm_core.spec import CORESETS, CoresetName, EvaluationSpec, JobSpec, Part, digest
+from ncfm_core.parts import Part
+from ncfm_core.spec import CORESETS, CoresetName, EvaluationSpec, JobSpec, digest
 from worker.records import StageName
 
 Kind = Literal[

@@ -17,7 +17,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ncfm_core.progress import Progress
-from ncfm_core.spec import JobSpec, LogUniform, RandInt, SearchSpec, Uniform
+from ncfm_core.space import LogUniform, RandInt, SearchSpec, Uniform
+from ncfm_core.spec import JobSpec
 from worker.environment import code_version
 from worker.history import HISTORY_FILE, History
 from worker.plan import held_out

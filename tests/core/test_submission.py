@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 from ncfm_core import spec as spec_module
 from ncfm_core.catalog import DATASETS
 from ncfm_core.errors import SpecError
-from ncfm_core.spec import JobSpec, NcfmSpec, Part
+from ncfm_core.parts import Part
+from ncfm_core.spec import JobSpec, NcfmSpec
 from ncfm_core.submission import check_counts, resolve, submission_schema
 
 FOLDER: dict[str, Any] = {"name": "imagefolder", "uri": "/data/birds.tar.gz", "image_size": 64}
