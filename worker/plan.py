@@ -120,9 +120,11 @@ def plan(spec: JobSpec, data_digest: str | None, *, held_out_digest: str | None 
     teachers = _teachers(spec, data_digest)
     distill = _distill(spec, searched, teachers)
     evaluations = tuple(_evaluation(spec, index, entry, distill) for index, entry in enumerate(spec.evaluate))
-    random_real = tuple(_random_real(spec, index, entry, data_digest) for index, entry in enumerate(spec.evaluate))
+    random_real = tuple(
+        _random_real(spec, index, entry, data_digest, teachers) for index, entry in enumerate(spec.evaluate)
+    )
     coresets = tuple(
-        _coreset(spec, name, index, entry, teachers[0])
+        _coreset(spec, name, index, entry, teachers)
         for name in CORESETS
         if name in spec.baselines
         for index, entry in enumerate(spec.evaluate)
@@ -219,7 +221,14 @@ def _evaluation(spec: JobSpec, index: int, entry: EvaluationSpec, distill: Build
     return Build(kind="evaluation", index=index, key=_key("evaluation", parts))
 
 
-def _random_real(spec: JobSpec, index: int, entry: EvaluationSpec, data_digest: str | None) -> Build:
+def _labellers(entry: EvaluationSpec, teachers: tuple[Build, ...]) -> dict[str, JsonValue]:
+    """The teachers whose logits real images are judged with, where the protocol trains on logits."""
+    return {"labellers": [teacher.key for teacher in teachers]} if entry.training.needs_soft_labels else {}
+
+
+def _random_real(
+    spec: JobSpec, index: int, entry: EvaluationSpec, data_digest: str | None, teachers: tuple[Build, ...]
+) -> Build:
     if data_digest is None:
         return Build(kind="random_real", index=index, key=None)
     parts: dict[str, JsonValue] = {
@@ -228,11 +237,12 @@ def _random_real(spec: JobSpec, index: int, entry: EvaluationSpec, data_digest: 
         "evaluation": _evaluation_values(entry),
         "seed": spec.seed,
     }
-    return Build(kind="random_real", index=index, key=_key("random_real", parts))
+    return Build(kind="random_real", index=index, key=_key("random_real", parts | _labellers(entry, teachers)))
 
 
-def _coreset(spec: JobSpec, name: CoresetName, index: int, entry: EvaluationSpec, teacher: Build) -> Build:
+def _coreset(spec: JobSpec, name: CoresetName, index: int, entry: EvaluationSpec, teachers: tuple[Build, ...]) -> Build:
     """Chosen by the features of the pool's first teacher, whose key names the data and the network."""
+    teacher = teachers[0]
     if teacher.key is None:
         return Build(kind=name, index=index, key=None)
     parts: dict[str, JsonValue] = {
@@ -241,7 +251,7 @@ def _coreset(spec: JobSpec, name: CoresetName, index: int, entry: EvaluationSpec
         "evaluation": _evaluation_values(entry),
         "seed": spec.seed,
     }
-    return Build(kind=name, index=index, key=_key(name, parts))
+    return Build(kind=name, index=index, key=_key(name, parts | _labellers(entry, teachers)))
 
 
 def _full_data(spec: JobSpec, data_digest: str | None) -> Build:

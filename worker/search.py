@@ -203,13 +203,15 @@ def _run_trial(
     data = ray.get(dataset[0]).hold_out(split[0], seed=split[1])
     pool = read_pool(Storage(site.storage_url), teachers, model=spec.model, dataset=data, device=device)
     method = with_params(spec.method, params | {"steps": search.steps})
-    task = Distillation(data, pool, method, ipc=spec.ipc, seed=spec.seed, device=device)
+    limit = site.memory_limit_bytes
+    task = Distillation(data, pool, method, ipc=spec.ipc, seed=spec.seed, device=device, memory_limit=limit)
     for rung in range(1, search.rungs + 1):
         for _ in task.run(until=round(task.total * rung / search.rungs)):
             pass
-        images, labels = task.synthetic.decode()
+        synthetic = task.result()
+        images, labels = synthetic.decode()
         students = evaluate(
-            images.detach().clamp(0, 1),
+            images.clamp(0, 1),
             labels,
             data,
             model=entry.model,
@@ -218,5 +220,6 @@ def _run_trial(
             tests=1,
             seed=spec.seed,
             device=device,
+            targets=synthetic.soft_labels,
         )
         tune.report({"accuracy": statistics.fmean(finish(students).last), "step": task.step})

@@ -23,6 +23,10 @@ class Site:
     code_version: str
 
     @property
+    def memory_limit_bytes(self) -> int | None:
+        return None if self.memory_limit is None else self.memory_limit << 20
+
+    @property
     def built_by(self) -> str:
         return f"{self.job_id}-{self.attempt}"
 

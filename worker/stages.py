@@ -123,7 +123,7 @@ def distill(
     """The synthetic set: `images.safetensors`, with grids along the way."""
     building, device = Building(site, storage, "distill", key), torch.device(site.device)
     pool = read_pool(storage, teachers, model=model, dataset=dataset, device=device)
-    limit = None if site.memory_limit is None else site.memory_limit << 20
+    limit = site.memory_limit_bytes
     task = Distillation(dataset, pool, method, ipc=ipc, seed=seed, device=device, memory_limit=limit)
     checkpoints = building.checkpoints()
     pictures: tuple[Picture, ...] = ()
@@ -171,17 +171,56 @@ def evaluation(
 ) -> Stage:
     """Fresh students on the synthetic set."""
     building = Building(site, storage, "evaluation", key)
-    images, labels = read_synthetic(storage, distilled).decode()
-    return (yield from judge(building, site, dataset, images=images, labels=labels, entry=entry, seed=seed))
+    synthetic = read_synthetic(storage, distilled)
+    images, labels = synthetic.decode()
+    judged = judge(
+        building,
+        site,
+        dataset,
+        images=images,
+        labels=labels,
+        entry=entry,
+        seed=seed,
+        targets=synthetic.soft_labels if entry.training.needs_soft_labels else None,
+    )
+    return (yield from judged)
 
 
 def random_real(
-    site: Site, storage: Storage, dataset: Dataset, *, key: str, ipc: int, entry: EvaluationSpec, seed: int
+    site: Site,
+    storage: Storage,
+    dataset: Dataset,
+    *,
+    key: str,
+    ipc: int,
+    entry: EvaluationSpec,
+    seed: int,
+    model: ModelSpec,
+    labellers: Sequence[StageResult] = (),
 ) -> Stage:
-    """The same students on random real images."""
+    """The same students on random real images, labelled by the same teachers where the protocol trains on their logits."""
     building = Building(site, storage, "random_real", key)
     images, labels = draw_random_real(baseline_source(dataset, entry, seed), ipc=ipc, seed=seed)
-    return (yield from judge(building, site, dataset, images=images, labels=labels, entry=entry, seed=seed))
+    targets = _soft_labels(site, storage, dataset, images=images, model=model, labellers=labellers)
+    judged = judge(building, site, dataset, images=images, labels=labels, entry=entry, seed=seed, targets=targets)
+    return (yield from judged)
+
+
+def _soft_labels(
+    site: Site,
+    storage: Storage,
+    dataset: Dataset,
+    *,
+    images: torch.Tensor,
+    model: ModelSpec,
+    labellers: Sequence[StageResult],
+) -> torch.Tensor | None:
+    """What the teachers, networks of `model`, say of real images; None without teachers."""
+    if not labellers:
+        return None
+    device = torch.device(site.device)
+    pool = read_pool(storage, labellers, model=model, dataset=dataset, device=device)
+    return pool.label(dataset.normalise(images.to(device)))
 
 
 def herding(site: Site, storage: Storage, dataset: Dataset, **arguments: Any) -> Stage:
@@ -206,12 +245,15 @@ def _coreset(
     ipc: int,
     entry: EvaluationSpec,
     seed: int,
+    labellers: Sequence[StageResult] = (),
 ) -> Stage:
     """Students on real images chosen by the features of a teacher, whose network `model` is."""
     building, device = Building(site, storage, name, key), torch.device(site.device)
     pool = read_pool(storage, [teacher], model=model, dataset=dataset, device=device)
     images, labels = coreset(name, baseline_source(dataset, entry, seed), pool, ipc=ipc, device=device)
-    return (yield from judge(building, site, dataset, images=images, labels=labels, entry=entry, seed=seed))
+    targets = _soft_labels(site, storage, dataset, images=images, model=model, labellers=labellers)
+    judged = judge(building, site, dataset, images=images, labels=labels, entry=entry, seed=seed, targets=targets)
+    return (yield from judged)
 
 
 def full_data(

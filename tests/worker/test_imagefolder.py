@@ -105,7 +105,7 @@ def test_stages_of_a_job_on_a_users_images(
         stages.evaluation(*common, key=str(planned.evaluations[0].key), distilled=distilled, entry=entry, seed=0)
     )
     random_real, _ = finish(
-        stages.random_real(*common, key=str(planned.random_real[0].key), ipc=2, entry=entry, seed=0)
+        stages.random_real(*common, key=str(planned.random_real[0].key), ipc=2, entry=entry, seed=0, model=spec.model)
     )
     full, _ = finish(
         stages.full_data(*common, key=str(planned.full_data.key), model=spec.model, recipe=spec.full_data, seed=0)

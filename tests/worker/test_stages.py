@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from ncfm_core.datasets import Dataset
+from ncfm_core.errors import SpecError
 from ncfm_core.progress import Progress
 from ncfm_core.spec import JobSpec
+from ncfm_core.submission import resolve
 from worker import stages
 from worker.building import read_result_file, read_synthetic
 from worker.evidence import Evidence, accuracy_in
@@ -73,7 +75,16 @@ class Job:
                 )[0]
             ],
             random_real=[
-                self.finish(stages.random_real(*common, key=str(key.random_real[0].key), ipc=1, entry=entry, seed=0))[0]
+                self.finish(
+                    stages.random_real(
+                        *common,
+                        key=str(key.random_real[0].key),
+                        ipc=1,
+                        entry=entry,
+                        seed=0,
+                        model=self.spec.model,
+                    )
+                )[0]
             ],
             full_data=self.finish(
                 stages.full_data(
@@ -192,7 +203,14 @@ def test_accuracy_counts_the_last_epoch_of_each_student(job_of: JobOf, finish: F
     job = job_of(1)
     result, events = finish(
         stages.random_real(
-            job.site, job.storage, job.digits, key="sha256:" + "f" * 64, ipc=1, entry=job.spec.evaluate[0], seed=0
+            job.site,
+            job.storage,
+            job.digits,
+            key="sha256:" + "f" * 64,
+            ipc=1,
+            entry=job.spec.evaluate[0],
+            seed=0,
+            model=job.spec.model,
         )
     )
     accuracy = accuracy_in(result)
@@ -205,10 +223,16 @@ def test_accuracy_counts_the_last_epoch_of_each_student(job_of: JobOf, finish: F
 
 
 def judged_by(
-    finish: Finish, job: Job, entry: Any, *, kind: str, teacher: StageResult | None = None
+    finish: Finish,
+    job: Job,
+    entry: Any,
+    *,
+    kind: str,
+    teacher: StageResult | None = None,
+    labellers: Sequence[StageResult] = (),
 ) -> tuple[StageResult, list[Event]]:
     """One baseline under an evaluation of its own."""
-    more: Any = {} if teacher is None else {"teacher": teacher, "model": job.spec.model}
+    more: Any = {"model": job.spec.model, "labellers": labellers} | ({} if teacher is None else {"teacher": teacher})
     stage = getattr(stages, kind)(
         job.site, job.storage, job.digits, key=f"sha256:{kind:f<64}", ipc=1, entry=entry, seed=0, **more
     )
@@ -235,3 +259,31 @@ def test_coresets_are_judged_and_shown_like_random_images(job_of: JobOf, finish:
     assert accuracy_in(result).n == 2
     again, _ = judged_by(finish, job, job.spec.evaluate[0], kind=kind, teacher=teacher)
     assert accuracy_in(again) == accuracy_in(result)
+
+
+def test_soft_labels_are_stored_with_the_set_and_trained_on_by_all_sides(job_of: JobOf, finish: Finish) -> None:
+    job = job_of(1)
+    changes: dict[str, Any] = {
+        "method": job.spec.document()["method"] | {"labels": "soft"},  # type: ignore[operator]
+        "evaluate": [{"protocol": "apm", "students": 2, "tests": 1, "training": {"epochs": 20}}],
+    }
+    job = Job(job.site, job.storage, job.digits, resolve(job.spec.document() | changes), finish)
+    teachers = [finish(job.teacher(index))[0] for index in range(job.spec.teachers.count)]
+    distilled, _ = finish(job.distill(teachers))
+    synthetic = read_synthetic(job.storage, distilled)
+    assert synthetic.soft_labels is not None
+    images, _ = synthetic.decode()
+    assert synthetic.soft_labels.shape == (len(images), 10)
+    assert synthetic.soft_labels.exp().sum(1).tolist() == pytest.approx([1.0] * len(images), abs=1e-4)
+    entry = job.spec.evaluate[0]
+    evaluated, _ = finish(
+        stages.evaluation(
+            job.site, job.storage, job.digits, key="sha256:" + "e" * 64, distilled=distilled, entry=entry, seed=0
+        )
+    )
+    assert accuracy_in(evaluated).n == 2
+    for kind, teacher in (("random_real", None), ("herding", teachers[0])):
+        judged, _ = judged_by(finish, job, entry, kind=kind, teacher=teacher, labellers=teachers)
+        assert accuracy_in(judged).n == 2
+        with pytest.raises(SpecError, match="soft labels"):
+            judged_by(finish, job, entry, kind=kind, teacher=teacher)

@@ -24,8 +24,8 @@ def distill_orders(plan: Plan, spec: JobSpec) -> list[Order]:
     return [
         distill,
         *(_evaluation(build, spec, distill.key) for build in plan.evaluations),
-        *(_random_real(build, spec) for build in plan.random_real),
-        *(_coreset(build, spec, teachers[0]) for build in plan.coresets),
+        *(_random_real(build, spec, teachers) for build in plan.random_real),
+        *(_coreset(build, spec, teachers) for build in plan.coresets),
         Order(build=plan.full_data, arguments=lambda _: _full_data_arguments(spec)),
         Order(
             build=plan.publish,
@@ -84,24 +84,33 @@ def _evaluation(build: Build, spec: JobSpec, distill: str) -> Order:
     )
 
 
-def _random_real(build: Build, spec: JobSpec) -> Order:
-    entry = spec.evaluate[build.index]
-    return Order(build=build, arguments=lambda _: {"ipc": spec.ipc, "entry": entry, "seed": spec.seed})
+def _random_real(build: Build, spec: JobSpec, teachers: tuple[str, ...]) -> Order:
+    labellers = teachers if spec.evaluate[build.index].training.needs_soft_labels else ()
+    return Order(
+        build=build, needs=labellers, arguments=lambda results: _baseline_arguments(build, spec, results, labellers)
+    )
 
 
-def _coreset(build: Build, spec: JobSpec, teacher: str) -> Order:
-    entry = spec.evaluate[build.index]
+def _coreset(build: Build, spec: JobSpec, teachers: tuple[str, ...]) -> Order:
+    labellers = teachers if spec.evaluate[build.index].training.needs_soft_labels else ()
     return Order(
         build=build,
-        needs=(teacher,),
+        needs=labellers or teachers[:1],
         arguments=lambda results: {
-            "teacher": results[teacher],
-            "model": spec.model,
-            "ipc": spec.ipc,
-            "entry": entry,
-            "seed": spec.seed,
+            "teacher": results[teachers[0]],
+            **_baseline_arguments(build, spec, results, labellers),
         },
     )
+
+
+def _baseline_arguments(build: Build, spec: JobSpec, results: Results, labellers: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "model": spec.model,
+        "ipc": spec.ipc,
+        "entry": spec.evaluate[build.index],
+        "seed": spec.seed,
+        "labellers": [results[key] for key in labellers],
+    }
 
 
 def _full_data_arguments(spec: JobSpec) -> dict[str, Any]:
