@@ -37,6 +37,7 @@ def evaluate(
     tests: int,
     seed: int,
     device: torch.device,
+    first: int = 0,
 ) -> Generator[Progress, None, Evaluation]:
     """Train fresh students on labelled images and test each.
 
@@ -50,13 +51,14 @@ def evaluate(
         tests: looks at the test set, evenly along the training, the last at its end.
         seed: of the students; student i of a seed starts from the same weights whatever it is trained on.
         device: where to train.
+        first: index of the first of them, so that a seed's students can be trained in several calls.
 
     Yields:
         Progress after every student, with its accuracy.
     """
     dataset, images, labels = dataset.to(device), images.detach().to(device), labels.to(device)
     last, best = [], []
-    for student in range(students):
+    for student in range(first, first + students):
         stream = f"student/{student}"
         network = build_model(
             model,
@@ -72,7 +74,7 @@ def evaluate(
             looks.append(accuracy(network, dataset))
         last.append(looks[-1])
         best.append(max(looks))
-        yield Progress(student + 1, students, "student", {"accuracy": looks[-1], "best_accuracy": max(looks)})
+        yield Progress(len(last), students, "student", {"accuracy": looks[-1], "best_accuracy": max(looks)})
     return Evaluation(tuple(last), tuple(best))
 
 
