@@ -29,6 +29,8 @@ class Content:
     """Values of one network."""
     images: int
     """Values of one synthetic set."""
+    soft_labels: int
+    """Values of one set's soft labels; 0 for hard ones alone."""
     sampler: int
     """Values of psi's log-scales."""
     seeds: int
@@ -56,14 +58,15 @@ class Keeping:
         """Most bytes that the folder holds at any time.
 
         Teachers stay to the end; finished sets gather; and one thing is under way: the last teacher (with two moments at
-        most), or a distillation (with two moments of the images, and psi with its own two).
+        most), a distillation (with two moments of the images, and psi with its own two), or the last set, just finished.
         """
-        finished = (content.seeds - 1) * content.images * WIDTH[self.images]
+        one_set = content.images * WIDTH[self.images] + content.soft_labels * WIDTH["float32"]
         teacher = content.network * WIDTH[self.teachers]
         last_teacher = (content.teachers - 1) * teacher + 3 * content.network * WIDTH["float32"]
         image = WIDTH[self.images] + 2 * WIDTH[self.moments]
-        distillation = content.teachers * teacher + content.images * image + 3 * content.sampler * WIDTH["float32"]
-        return finished + max(last_teacher, distillation)
+        distillation = content.images * image + 3 * content.sampler * WIDTH["float32"]
+        others = (content.seeds - 1) * one_set
+        return others + max(last_teacher, content.teachers * teacher + max(distillation, one_set))
 
     def keep_distillation(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state of `Distillation`, as it is stored."""

@@ -349,10 +349,12 @@ def content_of(work: Work, num_seeds: int) -> Content:
         spec.model, image_shape=dataset.image_shape, num_classes=dataset.num_classes, draw=generator(0, "unused")
     )
     has_psi = spec.method.sampler == "scale_mixture"
+    decoded = dataset.num_classes * spec.ipc * spec.method.factor**2
     return Content(
         teachers=spec.teachers.count,
         network=sum(tensor.numel() for tensor in network.state_dict().values()),
         images=dataset.num_classes * spec.ipc * math.prod(dataset.image_shape),
+        soft_labels=decoded * dataset.num_classes if spec.method.labels == "soft" else 0,
         sampler=spec.method.num_components * network.num_features if has_psi else 0,
         seeds=num_seeds,
     )

@@ -281,7 +281,14 @@ NETWORK = {"cifar10": 320_010, "cifar100": 504_420}
 
 def content(dataset: str, ipc: int, seeds: int = 1) -> Content:
     classes = 10 if dataset == "cifar10" else 100
-    return Content(teachers=20, network=NETWORK[dataset], images=classes * ipc * 3072, sampler=64 * 2048, seeds=seeds)
+    return Content(
+        teachers=20,
+        network=NETWORK[dataset],
+        images=classes * ipc * 3072,
+        soft_labels=0,
+        sampler=64 * 2048,
+        seeds=seeds,
+    )
 
 
 @pytest.mark.parametrize("dataset", NETWORK)
