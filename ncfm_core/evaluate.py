@@ -41,6 +41,7 @@ def evaluate(
     device: torch.device,
     targets: Tensor | None = None,
     at_once: int | None = None,
+    first: int = 0,
 ) -> Generator[Progress, None, Evaluation]:
     """Train fresh students on labelled images and test each.
 
@@ -56,6 +57,7 @@ def evaluate(
         device: where to train.
         targets: teacher logits of the images, float32 of shape (N, classes); for losses that compare with them.
         at_once: students in one step; None for what is fast here (`cohort.students_at_once`).
+        first: index of the first of them, so that a seed's students can be trained in several calls.
 
     Yields:
         Progress after every student, with its accuracy.
@@ -72,7 +74,7 @@ def evaluate(
         batches = Batches(images, labels, dataset, spec=training, targets=targets)
         at_once = students_at_once(_student(0, model, dataset, seed), batches)
     while len(last) < students:
-        members = range(len(last), min(len(last) + at_once, students))
+        members = range(first + len(last), first + min(len(last) + at_once, students))
         networks = [_student(index, model, dataset, seed) for index in members]
         streams = [f"student/{index}" for index in members]
         if len(networks) == 1:

@@ -75,6 +75,13 @@ def test_core_imports_only_numbers() -> None:
         assert not roots(imports(path, top_level_only=True)) & {"sklearn", "PIL", "torchvision"}, path
 
 
+def test_only_the_command_line_knows_of_the_benchmark() -> None:
+    for package in PACKAGES:
+        for path in sources(package):
+            if path.parent.name != "bench":
+                assert "bench" not in inside(imports(path), "ncfm_core"), path
+
+
 def test_torch_free_modules_stay_torch_free() -> None:
     for name in TORCH_FREE:
         found = imports(ROOT / "ncfm_core" / f"{name}.py")
