@@ -3,7 +3,8 @@
     python examples/ablation.py --dataset digits --ipc 10 --seeds 0,1,2 --out digits.jsonl --held-out \
         '{"sampler": "gaussian", "calibration_weight": 10}' '{"sampler": "scale_mixture", "calibration_weight": 10}'
 
-Each variant is laid over the method of `preset: quick`. With --held-out a fifth of the training data judges, and the test set is
+Each variant is laid over the method of `preset: quick`; `{"baseline": "random_real"}`, `herding`, `k_center` and `full` stand for
+themselves. With --held-out a fifth of the training data judges, and the test set is
 never looked at: choose there, then run the chosen ones without it.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from ncfm_core.coresets import coreset, random_real
 from ncfm_core.datasets import Dataset, load_dataset
 from ncfm_core.distill import Distillation
 from ncfm_core.evaluate import evaluate
@@ -70,9 +72,22 @@ def judged(dataset: Dataset, spec: JobSpec, images: torch.Tensor, labels: torch.
             return last
 
 
-def run(dataset: Dataset, spec: JobSpec, folder: Path) -> dict[str, Any]:
+def run(dataset: Dataset, spec: JobSpec, folder: Path, baseline: str | None) -> dict[str, Any]:
+    if baseline == "full":
+        full = spec.full_data
+        entry = spec.evaluate[0].model_copy(update={"training": full.training, "students": full.students})
+        spec = spec.model_copy(update={"evaluate": (entry,)})
+        accuracies = judged(dataset, spec, dataset.train_images, dataset.train_labels)
+        return {"accuracy": statistics.fmean(accuracies), "students": accuracies, "distill_seconds": 0.0}
     pool = teachers(dataset, spec, folder)
     started = time.perf_counter()
+    if baseline is not None:
+        if baseline == "random_real":
+            images, labels = random_real(dataset, ipc=spec.ipc, seed=spec.seed)
+        else:
+            images, labels = coreset(baseline, dataset, pool, ipc=spec.ipc, device=CPU)  # type: ignore[arg-type]
+        accuracies = judged(dataset, spec, images, labels)
+        return {"accuracy": statistics.fmean(accuracies), "students": accuracies, "distill_seconds": 0.0}
     task = Distillation(dataset, pool, spec.method, ipc=spec.ipc, seed=spec.seed, device=CPU)
     for _ in task.run():
         pass
@@ -102,14 +117,22 @@ def main() -> None:
     for seed in map(int, asked.seeds.split(",")):
         for variant in asked.variants:
             body = {"dataset": asked.dataset, "ipc": asked.ipc, "preset": "quick", "seed": seed} | asked.base
-            body["method"] = asked.base.get("method", {}) | variant
+            chosen = dict(variant)
+            baseline = chosen.pop("baseline", None)
+            body["method"] = asked.base.get("method", {}) | chosen
             body["evaluate"] = [{"students": asked.students}]
             spec = resolve(body)
-            key = digest([spec.document(), asked.held_out])
+            key = digest([spec.document(), asked.held_out, baseline])
             if key in done:
                 continue
-            line = {"run": key, "dataset": asked.dataset, "ipc": asked.ipc, "seed": seed, "variant": body["method"]}
-            line |= {"held_out": asked.held_out, "torch": torch.__version__} | run(dataset, spec, asked.cache)
+            line = {
+                "run": key,
+                "dataset": asked.dataset,
+                "ipc": asked.ipc,
+                "seed": seed,
+                "variant": asked.base.get("method", {}) | variant,
+            }
+            line |= {"held_out": asked.held_out, "torch": torch.__version__} | run(dataset, spec, asked.cache, baseline)
             with asked.out.open("a") as out:
                 out.write(json.dumps(line) + "\n")
             sys.stdout.write(f"{seed} {variant} {line['accuracy']:.2f} in {line['distill_seconds']} s\n")

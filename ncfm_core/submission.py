@@ -205,6 +205,9 @@ def _check_fit(spec: JobSpec, facts: DatasetFacts) -> None:
     for where, model in models.items():
         if padded(facts.image_size) < smallest_image(model):
             problems.append(_too_small(where, model, facts.image_size))
+    if facts.image_size % spec.method.factor:
+        message = f"does not divide images of {facts.image_size} pixels"
+        problems.append(Problem("method.factor", str(spec.method.factor), message, "Choose 1, or an even image_size."))
     problems.extend(_check_space(spec))
     problems.extend(_check_judging(spec, facts))
     if problems:

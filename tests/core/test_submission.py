@@ -179,6 +179,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"dataset": "digits", "ipc": 1, "search": {"space": {"image_lr": {"uniform": [2, 1]}}}}, "search.space", "below"),
     ([1], "", "object"),
     ({"dataset": "imagefolder", "ipc": 1}, "dataset", "needs uri"),
+    ({"dataset": FOLDER | {"image_size": 65}, "ipc": 1}, "method.factor", "does not divide images of 65 pixels"),
     ({"dataset": {"name": "imagefolder", "uri": "/x"}, "ipc": 1}, "dataset", "needs image_size"),
     ({"dataset": {"name": "digits", "uri": "/x"}, "ipc": 1}, "dataset", "uri belongs to imagefolder"),
     ({"dataset": {"name": "digits", "image_size": 64}, "ipc": 1}, "dataset", "image_size belongs to imagefolder"),
