@@ -66,6 +66,9 @@ labels = load_file("labels.safetensors")["labels"]
 tiles = [part for half in images.tensor_split({factor}, 2) for part in half.tensor_split({factor}, 3)]
 images = torch.cat([torch.nn.functional.interpolate(tile, {size}, mode="bilinear") for tile in tiles])
 labels = labels.repeat({tiles})"""
+SOFT_LOADING = """
+soft_labels = load_file("labels.safetensors")["soft_labels"]  # teacher logits of each tile, {soft_shape}
+soft_labels = soft_labels.unflatten(0, (-1, {tiles})).transpose(0, 1).flatten(0, 1)"""
 
 
 def export_files(
@@ -84,7 +87,7 @@ def export_files(
     pngs = [png(image) for image in pixels]
     return {
         "images.safetensors": save_tensors({"images": synthetic.images.detach().contiguous()}, _metadata(synthetic)),
-        "labels.safetensors": save_tensors({"labels": synthetic.labels.contiguous()}),
+        "labels.safetensors": save_tensors(_labels(synthetic)),
         "manifest.json": _json(_manifest(synthetic, facts, provenance)),
         "preview.png": png(synthetic.preview()),
         "README.md": card.encode(),
@@ -111,7 +114,8 @@ def load_export(files: Mapping[str, bytes]) -> SyntheticSet:
         data = files["images.safetensors"]
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         factor = int(json.loads(header["__metadata__"]["set"])["factor"])
-        return SyntheticSet(load_tensors(data)["images"], load_tensors(files["labels.safetensors"])["labels"], factor)
+        labels = load_tensors(files["labels.safetensors"])
+        return SyntheticSet(load_tensors(data)["images"], labels["labels"], factor, labels.get("soft_labels"))
     except KeyError as error:
         raise StorageError.of("files", error.args[0], "missing from the exported set", "Export it again.") from None
 
@@ -137,11 +141,22 @@ def data_card(synthetic: SyntheticSet, facts: DatasetFacts, *, seed: int, rows: 
         decoded=count * factor**2,
         seed=seed,
         rows=rows,
-        loading=LOADING.format(
-            shape=(count, channels, height, width), factor=factor, size=(height, width), tiles=factor**2
+        loading=(LOADING if synthetic.soft_labels is None else LOADING + SOFT_LOADING).format(
+            shape=(count, channels, height, width),
+            factor=factor,
+            size=(height, width),
+            tiles=factor**2,
+            soft_shape=() if synthetic.soft_labels is None else tuple(synthetic.soft_labels.shape),
         ),
         recipe=recipe,
     )
+
+
+def _labels(synthetic: SyntheticSet) -> dict[str, Tensor]:
+    tensors = {"labels": synthetic.labels.contiguous()}
+    if synthetic.soft_labels is not None:
+        tensors["soft_labels"] = synthetic.soft_labels.contiguous()
+    return tensors
 
 
 def _metadata(synthetic: SyntheticSet) -> dict[str, str]:
@@ -164,6 +179,15 @@ def _manifest(
             "space": "unit: pixels in [0, 1]",
         },
         "labels": {"file": "labels.safetensors", "dtype": "int64"},
+        "soft_labels": None
+        if synthetic.soft_labels is None
+        else {
+            "file": "labels.safetensors",
+            "shape": list(synthetic.soft_labels.shape),
+            "dtype": "float32",
+            "what": "logarithm of the teachers' mean probability of each class, for every decoded image; the tiles of an image "
+            "follow each other",
+        },
         "decode": {
             "factor": synthetic.factor,
             "how": "cut each image into factor x factor tiles, row by row; enlarge each bilinearly (align_corners false) to the "

@@ -25,7 +25,8 @@ milestones = [round(epochs * at) for at in {milestones}]
 schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, {gamma})
 for epoch in range(epochs):
     for chosen in torch.randperm(len(images)).split(batch_size):
-        loss = F.cross_entropy(model(augment((images[chosen] - mean) / std)), labels[chosen])
+        logits = model(augment((images[chosen] - mean) / std))
+        loss = {loss}
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -75,9 +76,12 @@ def cutout(x):  # a hole of half the size
     return x * ~(inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1)""",
 }
 GEOMETRIC = ("crop", "scale", "rotate")
-NOT_ITS_LABELS = """\
-# The figures above come from students that were trained on teacher logits; this one is trained on the classes.
-"""
+LOSSES = {
+    "cross_entropy": "F.cross_entropy(logits, labels[chosen])",
+    "l1_logits": "(logits - soft_labels[chosen]).abs().mean()",
+    "soft_cross_entropy": "F.cross_entropy(logits, soft_labels[chosen].softmax(1))",
+    "kl": 'F.kl_div(logits.log_softmax(1), soft_labels[chosen].log_softmax(1), reduction="batchmean", log_target=True)',
+}
 
 
 def _augmentation(spec: AugmentSpec) -> tuple[str, str]:
@@ -97,7 +101,8 @@ def _augmentation(spec: AugmentSpec) -> tuple[str, str]:
 def training_script(facts: DatasetFacts, entry: EvaluationSpec) -> str:
     """Source of the script, with the numbers of a protocol in it.
 
-    It is the protocol without its CutMix, in as few lines as will do; it expects `torch`, `images` and `labels` to be there.
+    It is the protocol without its CutMix, in as few lines as will do; it expects `torch`, `images`, `labels` and, where the
+    protocol trains on teacher logits, `soft_labels` to be there.
 
     Args:
         facts: the catalog's entry of the data.
@@ -105,7 +110,7 @@ def training_script(facts: DatasetFacts, entry: EvaluationSpec) -> str:
     """
     training = entry.training
     operations, augment = _augmentation(training.augment)
-    script = SCRIPT.format(
+    return SCRIPT.format(
         mean=list(facts.mean),
         std=list(facts.std),
         epochs=training.epochs,
@@ -118,5 +123,5 @@ def training_script(facts: DatasetFacts, entry: EvaluationSpec) -> str:
         optimizer=OPTIMIZERS[training.optimizer].format(lr=training.lr, decay=training.weight_decay),
         milestones=list(training.milestones),
         gamma=training.gamma,
+        loss=LOSSES[training.loss],
     )
-    return (NOT_ITS_LABELS if training.needs_soft_labels else "") + script

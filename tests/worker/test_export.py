@@ -6,6 +6,7 @@ import io
 import json
 import re
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,34 @@ def test_class_folders_sort_as_the_labels_do() -> None:
     for name in ("digits", "fashion-mnist", "cifar10"):
         folders = class_folders(dataset_facts(name).class_names)
         assert sorted(folders) == list(folders)
+
+
+@pytest.mark.parametrize("loss", ["l1_logits", "soft_cross_entropy", "kl"])
+def test_soft_labels_are_exported_and_the_cards_snippets_train_on_them(
+    loss: str, synthetic: SyntheticSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = synthetic.decode()
+    # A label that tells the image it belongs to: the snippet must give each tile its own.
+    soft = torch.stack([images.mean((1, 2, 3)), labels.float(), *([torch.zeros(len(labels))] * 8)], 1)
+    training: Any = {"epochs": 2, "loss": loss, "cutmix": 0.0}
+    submission: Any = {
+        "dataset": "digits",
+        "ipc": 2,
+        "method": {"labels": "soft"},
+        "evaluate": [{"training": training}],
+    }
+    recipe = training_script(FACTS, resolve(submission).evaluate[0])
+    with_soft = replace(synthetic, soft_labels=soft)
+    card = data_card(with_soft, FACTS, seed=0, rows="| this set | 1 |", recipe=recipe)
+    files = export_files(with_soft, FACTS, {"seed": 0}, card)
+    again = load_export(files)
+    assert again.soft_labels is not None and torch.equal(again.soft_labels, soft)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for snippet in snippets(tmp_path):
+        exec(snippet, names)
+    torch.testing.assert_close(names["soft_labels"][:, 0], names["images"].mean((1, 2, 3)), atol=1e-5, rtol=0)
+    assert names["soft_labels"][:, 1].long().tolist() == names["labels"].tolist()
+    assert names["loss"].isfinite()
