@@ -182,9 +182,8 @@ class Distillation:
             return images.new_zeros(())
         with record_function("frequencies"):
             shape = (method.num_frequencies, self._pool.network.num_features)
-            normal_KD = torch.randn(shape, generator=generator(self._seed, "distill/frequencies", index)).to(
-                images.device
-            )
+            draw = generator(self._seed, "distill/frequencies", index, images.device)
+            normal_KD = torch.randn(shape, generator=draw, device=images.device)
         gain = images.new_zeros(())
         # A window that a resumed run opens in its middle has had its ascent already: psi came back with the state.
         if self.step % method.reuse == 0 and method.sampler == "scale_mixture":
