@@ -5,7 +5,7 @@ All of it is drawn from (seed, stream, step) alone: networks see the same whethe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,13 @@ class Batch:
     """The same of what was pasted in; None where nothing was mixed."""
     share: Tensor | float
     """Of the loss on `labels`; `others` have the rest."""
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """In pieces of at most `size` images, for one network; the mean of their losses, weighted by images, is the batch's."""
+        for start in range(0, len(self.images), size):
+            part = slice(start, start + size)
+            others = None if self.others is None else self.others[part]
+            yield Batch(self.images[part], self.labels[part], others, self.share)
 
 
 class Batches:

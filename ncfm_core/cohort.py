@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ncfm_core.batches import Batches
 from ncfm_core.models.convnet import ConvNet
+from ncfm_core.models.probing import largest_map, separable
 from ncfm_core.training import make_optimizer, set_rate
 
 LARGEST_MAP = {"cpu": 128 * 2**10, "cuda": 32 * 2**20}
@@ -36,31 +37,10 @@ def students_at_once(network: nn.Module, batches: Batches) -> int:
         batches: what they are trained on.
     """
     kind = batches.device.type
-    if kind not in LARGEST_MAP or not stackable(network) or (kind == "cpu" and not _has_grouped_form(network)):
+    if kind not in LARGEST_MAP or not separable(network) or (kind == "cpu" and not _has_grouped_form(network)):
         return 1
-    size = _largest_map(network, batches.example()) * batches.batch_size
+    size = largest_map(network, batches.example()) * batches.batch_size
     return ALL_MAPS[kind] // size if size <= LARGEST_MAP[kind] else 1
-
-
-def stackable(network: nn.Module) -> bool:
-    """Whether students of it can share a step: no statistics over a batch, nothing drawn in the forward."""
-    batchwise = nn.modules.batchnorm._NormBase | nn.Dropout
-    return not any(isinstance(module, batchwise) for module in network.modules()) and not list(network.buffers())
-
-
-@torch.no_grad()
-def _largest_map(network: nn.Module, image: Tensor) -> int:
-    """Bytes of the largest feature map of one image."""
-    sizes: list[int] = []
-
-    def note(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        sizes.append(output.numel() * output.element_size())
-
-    hooks = [module.register_forward_hook(note) for module in network.modules() if isinstance(module, nn.Conv2d)]
-    network(image)
-    for hook in hooks:
-        hook.remove()
-    return max(sizes, default=1)
 
 
 class Cohort:

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from ncfm_core.batches import Batches
 from ncfm_core.datasets import Dataset, Images
 from ncfm_core.errors import CheckpointError
+from ncfm_core.models.probing import largest_map, separable
 from ncfm_core.progress import Progress
 from ncfm_core.spec import TrainingSpec
 
+CPU_CHUNK_BYTES = 4 << 20
+"""Largest activation of what goes through a network at a time on a CPU: larger ones leave its caches between operations."""
 REPORT_EVERY = 50
 """Steps between two reports; each costs one wait for the device."""
 MOMENTUM = 0.9
@@ -59,6 +62,7 @@ class Training:
         self._batches = Batches(images, labels, dataset, spec=spec, targets=targets)
         self.batch_size, self.steps_per_epoch = self._batches.batch_size, self._batches.steps_per_epoch
         self.total = self._batches.total
+        self._chunk = _chunk(model, self._batches)
         self.step = 0
         self.optimizer = make_optimizer(model.parameters(), spec)
         self._order = torch.empty(0, dtype=torch.int64)
@@ -83,12 +87,15 @@ class Training:
             self._order = self._batches.orders(epoch, seed=self.seed, streams=(self.stream,))[0]
         batch = self._batches.batch(self._batches.draw(self._order, self.step, seed=self.seed, stream=self.stream))
         set_rate(self.optimizer, self.spec, epoch, is_first=place == 0)
-        loss = self._batches.loss(self.model(batch.images), batch)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        total = torch.zeros((), device=self._batches.device)
+        for piece in batch.split(self._chunk):
+            loss = self._batches.loss(self.model(piece.images), piece) * (len(piece.images) / len(batch.images))
+            torch.autograd.backward(loss)
+            total += loss.detach()
         self.optimizer.step()
         self.step += 1
-        return loss.detach()
+        return total
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, as flat tensors on the CPU."""
@@ -112,6 +119,13 @@ class Training:
                 "checkpoint", None, f"does not fit this training: {error}", "Start afresh."
             ) from None
         self._order = torch.empty(0, dtype=torch.int64)
+
+
+def _chunk(model: nn.Module, batches: Batches) -> int:
+    """Images of a batch that go forward and backward at a time; their gradients add up to the batch's."""
+    if batches.device.type != "cpu" or not separable(model):
+        return batches.batch_size
+    return max(1, CPU_CHUNK_BYTES // largest_map(model, batches.example()))
 
 
 def milestones_passed(spec: TrainingSpec, epoch: int) -> int:

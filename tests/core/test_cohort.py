@@ -10,9 +10,10 @@ from torch import nn
 
 from ncfm_core import cohort
 from ncfm_core.batches import Batches
-from ncfm_core.cohort import Cohort, forward_of, stackable, students_at_once
+from ncfm_core.cohort import Cohort, forward_of, students_at_once
 from ncfm_core.datasets import Dataset
 from ncfm_core.models import build_model
+from ncfm_core.models.probing import separable
 from ncfm_core.rng import generator
 from ncfm_core.spec import JobSpec, ModelSpec, TrainingSpec
 from ncfm_core.submission import resolve
@@ -102,6 +103,6 @@ def test_small_batches_share_a_step_and_large_ones_do_not(digits: Dataset, spec:
 
 
 def test_networks_that_look_at_the_batch_or_draw_are_trained_apart() -> None:
-    assert stackable(nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2)))
-    assert not stackable(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
-    assert not stackable(nn.Sequential(nn.Linear(1, 2), nn.Dropout()))
+    assert separable(nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2)))
+    assert not separable(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)))
+    assert not separable(nn.Sequential(nn.Linear(1, 2), nn.Dropout()))

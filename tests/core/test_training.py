@@ -184,3 +184,19 @@ def test_features_have_length_one(digits: Dataset, pool: TeacherPool) -> None:
     weights = pool.draw(generator(0, "draw")).match
     features = pool.features(weights, digits.normalise(digits.test_images[:5]))
     assert features.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+
+
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+def test_batch_in_pieces_trains_like_the_whole(digits: Dataset, spec: JobSpec, cutmix: float) -> None:
+    whole, pieces = (training(digits, spec, cutmix=cutmix) for _ in range(2))
+    pieces._chunk = 7
+    losses = [[report.metrics["loss"] for report in run.run(until=4)] for run in (whole, pieces)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for left, right in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-4)
+
+
+def test_batch_norm_is_never_cut_into_pieces(digits: Dataset, spec: JobSpec) -> None:
+    batch = spec.model_copy(update={"model": spec.model.model_copy(update={"norm": "batch"})})
+    run = training(digits, batch)
+    assert run._chunk == run.batch_size
