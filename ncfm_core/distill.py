@@ -106,7 +106,7 @@ class Distillation:
             compiled=compiled,
         )
         self._carry_out(execution)
-        self.broken = 0
+        self.halvings = 0
         """How often the execution was halved for want of memory; the bits are then no longer those of another run."""
 
     def _carry_out(self, execution: Execution) -> None:
@@ -154,7 +154,7 @@ class Distillation:
         if not self._pool.batch_statistics:
             # Images of a batch-norm network influence each other: for those the second try only finds a cache emptied.
             self.execution = self.execution.halved()
-        self.broken += 1
+        self.halvings += 1
         if self.synthetic.images.is_cuda:
             torch.cuda.empty_cache()
         try:
@@ -301,6 +301,7 @@ class Distillation:
         state |= {f"sampler.{name}": tensor for name, tensor in self._sampler.state().items()}
         state |= {f"schedule.{name}": tensor for name, tensor in self._schedule.state().items()}
         state["execution"] = self.execution.encode()
+        state["halvings"] = torch.tensor(self.halvings)
         return {name: tensor.cpu().clone() for name, tensor in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -315,7 +316,7 @@ class Distillation:
             load_optimizer_state(self._optimizer, part(state, "optimizer."))
             self._sampler.load_state(part(state, "sampler."))
             self._schedule.load_state(part(state, "schedule."))
-            self.step = int(state["step"])
+            self.step, self.halvings = int(state["step"]), int(state["halvings"])
             self._carry_out(Execution.decode(state["execution"]))
         except (KeyError, RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError.of(

@@ -147,6 +147,10 @@ def distill(
             if task.step < task.total and checkpoints.due(task.step):
                 checkpoints.save(task.step, task.state(), building.history, pictures)
             yield progress
+    if task.halvings:
+        yield Notice(
+            f"memory ran out {task.halvings} times: it went on {task.execution}; the last bits are this run's own"
+        )
     seconds = max(time.monotonic() - started, 1e-9)
     rates: dict[str, JsonValue] = {
         "steps_per_second": (task.total - first_step) / seconds,
@@ -154,7 +158,9 @@ def distill(
     }
     files = {picture.name: picture.png for picture in pictures}
     files[IMAGES_FILE] = safetensors.torch.save(to_state(task.result()))
-    result = building.commit(files, {"steps": task.total, **_last(building.history), **rates})
+    result = building.commit(
+        files, {"steps": task.total, "halvings": task.halvings, **_last(building.history), **rates}
+    )
     checkpoints.clear()
     return result
 

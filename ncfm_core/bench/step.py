@@ -75,7 +75,7 @@ def bench_step(work: Work, *, steps: int | None, warmup: int | None) -> Document
         "execution": str(run.execution),
         "compiled": run.execution.compiled,
         "compile_seconds": round(max(0.0, first - median * reuse / 1e3), 1) if run.execution.compiled else 0.0,
-        "halved": run.broken,
+        "halved": run.halvings,
     }
 
 

@@ -93,8 +93,11 @@ def test_full_memory_is_tried_once_more_with_half_as_much(
     monkeypatch.setattr(run, "_carry_out", lambda execution: setattr(run, "execution", execution))
     for _ in run.run(until=2):
         pass
-    assert (run.broken, scarce.failed) == (1, 1)
+    assert (run.halvings, scarce.failed) == (1, 1)
     assert run.execution.chunk == 32
+    resumed = Distillation(digits, pool, method(spec), ipc=2, seed=0, device=CPU)
+    resumed.load_state(run.state())
+    assert (resumed.halvings, resumed.execution) == (1, run.execution)
 
 
 def test_memory_that_stays_full_names_the_knob(
@@ -115,7 +118,7 @@ def test_other_errors_are_not_taken_for_a_full_memory(
     monkeypatch.setattr(run, "_features_forward", Scarce(pool, 0, RuntimeError("shapes do not fit")).features)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         list(run.run(until=1))
-    assert run.broken == 0
+    assert run.halvings == 0
 
 
 def chosen(pool: TeacherPool, **changes: Any) -> Execution:
