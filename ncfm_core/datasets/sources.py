@@ -247,7 +247,8 @@ def _check_size(name: str, size: int) -> None:
 
 
 def _damaged(name: str, reason: object) -> DatasetError:
-    text = str(reason) or type(reason).__name__
+    # Of several lines, as tarfile has one for each compression that it tried, the first says what is wrong.
+    text = next(iter(str(reason).splitlines()), "").rstrip(":") or type(reason).__name__
     return DatasetError.of("dataset", name, f"cannot be read: {text}", "Mend or remove it.")
 
 
