@@ -26,6 +26,7 @@ from ncfm_core.datasets import Dataset, load_dataset
 from ncfm_core.distill import Distillation
 from ncfm_core.evaluate import evaluate
 from ncfm_core.pools import TeacherPool, TeacherTraining
+from ncfm_core.progress import finish
 from ncfm_core.spec import JobSpec, digest
 from ncfm_core.submission import resolve
 
@@ -64,12 +65,7 @@ def judged(dataset: Dataset, spec: JobSpec, images: torch.Tensor, labels: torch.
         seed=spec.seed,
         device=CPU,
     )
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            last: tuple[float, ...] = stop.value.last
-            return last
+    return finish(steps).last
 
 
 def run(dataset: Dataset, spec: JobSpec, folder: Path, baseline: str | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ncfm_core.batches import Batches
 from ncfm_core.cohort import Cohort, students_at_once
 from ncfm_core.datasets import Dataset, Images
 from ncfm_core.models import build_model
-from ncfm_core.progress import Progress
+from ncfm_core.progress import Progress, finish
 from ncfm_core.rng import generator
 from ncfm_core.spec import ModelSpec, TrainingSpec
 from ncfm_core.training import Training, accuracy
@@ -128,7 +128,7 @@ def choose_rate(
     found: dict[float, float] = {}
     for rate in rates:
         recipe = training.model_copy(update={"lr": rate})
-        judged = _finish(
+        judged = finish(
             evaluate(
                 images,
                 labels,
@@ -145,15 +145,6 @@ def choose_rate(
         found[rate] = judged.last[0]
         yield Progress(len(found), len(rates), "rate", {"lr": rate, "validation_accuracy": found[rate]})
     return max(found, key=lambda rate: found[rate])
-
-
-def _finish(steps: Generator[Progress, None, Evaluation]) -> Evaluation:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            value: Evaluation = stop.value
-            return value
 
 
 def _student(index: int, model: ModelSpec, dataset: Dataset, seed: int) -> nn.Module:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +19,13 @@ class Progress:
     """What is counted: `step`, `epoch`, `student`."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Values at `completed`, by name."""
+
+
+def finish(steps: Generator[Any, None, T]) -> T:
+    """Run to the end without a word."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value

@@ -111,13 +111,3 @@ def follow(steps: Generator[Progress, None, T], history: History) -> Generator[E
             return value
         history.add(progress)
         yield progress
-
-
-def finish(steps: Generator[Progress, None, T]) -> T:
-    """Run to the end without a word."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value

@@ -193,8 +193,8 @@ def _run_trial(
 
     from ncfm_core.distill import Distillation
     from ncfm_core.evaluate import evaluate
+    from ncfm_core.progress import finish
     from worker.building import read_pool
-    from worker.judging import finish
 
     search, split = spec.search, held_out(spec)
     assert search is not None and split is not None

@@ -142,6 +142,7 @@ class Pipeline:
         identity["group"] = str(self._group)
         state = State(identity=identity)
         if self._folder and self._folder.record is not None:
+            # Plain JSON that this class wrote; whether it belongs to this run is the next question.
             state = State(**self._folder.record)  # type: ignore[arg-type]
             if state.identity != identity or list(self._seeds[: len(state.seeds)]) != state.seeds:
                 differs = [name for name, value in identity.items() if state.identity.get(name) != value] or ["seeds"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from math import gcd
 
 import torch
@@ -13,7 +14,7 @@ from ncfm_core.networks import Norm
 from ncfm_core.spec import ModelSpec
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """Images to a map, the map to flat features, the features to logits by one linear layer.
 
     A subclass builds its layers and then calls `_add_classifier`. Features are not negative: every network ends on ReLU and pool.
@@ -28,6 +29,7 @@ class Network(nn.Module):
         self._window = pool_window(spec, image_size)
         self.classifier = nn.Linear(self.num_features, num_classes)
 
+    @abstractmethod
     def maps(self, images: Tensor) -> Tensor:
         """The last map.
 
@@ -37,7 +39,6 @@ class Network(nn.Module):
         Returns:
             Shape (N, C, H', W') as `geometry.last_map` has it, not negative.
         """
-        raise NotImplementedError
 
     def flat(self, maps: Tensor) -> Tensor:
         """The features, shape (N, num_features), that belong to maps of shape (N, C, H', W'); needs no weights."""
