@@ -1,35 +1,18 @@
-"""The tables, and how a database is opened. The statements on them are in `store.py`; what is special to SQLite is here."""
+"""How a database is opened, and what a transaction on it is. The tables are in `tables.py`; what is special to SQLite is here."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    Column,
-    Connection,
-    DateTime,
-    Dialect,
-    Engine,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    TypeDecorator,
-    create_engine,
-    event,
-    make_url,
-)
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ncfm_core.errors import NcfmError
+from service.schema import SCHEMA, revision_of, upgrade
 
 BUSY_TIMEOUT_MS = 20_000
 """How long a writer waits for another one."""
@@ -41,77 +24,100 @@ class StoreError(NcfmError):
     code = "database_unavailable"
 
 
-class UtcDateTime(TypeDecorator[datetime]):
-    """Aware times in UTC on every engine: SQLite drops the zone."""
+class StoreFullError(StoreError):
+    """The database cannot grow: its disk, or what it may take of it, is full."""
 
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+    code = "database_full"
 
 
-metadata = MetaData()
+class Database:
+    """One database behind its URL.
 
-jobs = Table(
-    "jobs",
-    metadata,
-    Column("id", String(64), primary_key=True),
-    Column("version", Integer, nullable=False),
-    Column("event_seq", Integer, nullable=False),
-    Column("state", String(16), nullable=False),
-    Column("reason", String(64)),
-    Column("message", Text, nullable=False),
-    Column("requested", JSON, nullable=False),
-    Column("spec", JSON, nullable=False),
-    Column("warnings", JSON, nullable=False),
-    Column("attempt", Integer, nullable=False),
-    Column("losses", Integer, nullable=False),
-    Column("retry_at", UtcDateTime),
-    Column("progress", JSON(none_as_null=True)),
-    Column("stages", JSON, nullable=False),
-    Column("result", JSON(none_as_null=True)),
-    Column("error", JSON(none_as_null=True)),
-    Column("artifacts", JSON, nullable=False),
-    Column("mlflow_run_id", String(64)),
-    Column("mlflow_url", Text),
-    Column("created_at", UtcDateTime, nullable=False),
-    Column("started_at", UtcDateTime),
-    Column("finished_at", UtcDateTime),
-    Index("jobs_by_state", "state", "id"),
-)
+    Raises:
+        StoreError: by every method, when the database cannot be used.
+    """
 
-events = Table(
-    "events",
-    metadata,
-    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
-    Column("seq", Integer, primary_key=True),
-    Column("at", UtcDateTime, nullable=False),
-    Column("type", String(16), nullable=False),
-    Column("data", JSON, nullable=False),
-)
+    def __init__(self, url: str) -> None:
+        """Open it; an empty one gets its tables.
 
-cluster = Table(
-    "cluster",
-    metadata,
-    Column("id", Integer, primary_key=True),
-    Column("cpus", Float),
-    Column("gpus", Float),
-    Column("seen_at", UtcDateTime),
-    Column("checked_at", UtcDateTime, nullable=False),
-    Column("ray_error", Text, nullable=False),
-    Column("mlflow_error", Text, nullable=False),
-)
+        Raises:
+            StoreError: it cannot be opened, or has the schema of another release.
+        """
+        self.engine = _open_engine(url)
+        self._writer = self.engine.execution_options(ncfm_write=True)
+        with self.reading() as connection:
+            found = revision_of(connection)
+        if found is None:
+            self.upgrade()
+        elif found != SCHEMA:
+            self.engine.dispose()
+            older = found < SCHEMA
+            raise StoreError.of(
+                "NCFM_DATABASE_URL",
+                self.shown_url,
+                f"the database has schema {found}, this release needs {SCHEMA}",
+                "Run `ncfm db upgrade` (make a copy with `ncfm backup` first)." if older else "Use the newer release.",
+            )
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without its password."""
+        return self.engine.url.render_as_string(hide_password=True)
+
+    def upgrade(self) -> tuple[str | None, str]:
+        """Bring it to this release's schema; the revisions before and after."""
+        with self.writing() as connection:
+            return upgrade(connection)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that writes: durable once it is over."""
+        with self._translated(), self._writer.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        with self._translated(), self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def trying(self) -> Iterator[Connection]:
+        """A transaction that writes, and is taken back."""
+        with self._translated(), self._writer.connect() as connection:
+            yield connection
+            connection.rollback()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError as error:
+            raise unavailable(self.shown_url, error) from error
 
 
-def open_engine(url: str) -> Engine:
+def open_unchecked(url: str) -> Database:
+    """A database of any schema, for those who upgrade it or look at it."""
+    database = Database.__new__(Database)
+    database.engine = _open_engine(url)
+    database._writer = database.engine.execution_options(ncfm_write=True)
+    return database
+
+
+def clock(connection: Connection) -> float:
+    """The database's time, in seconds: the one clock that all processes share."""
+    if connection.dialect.name == "sqlite":
+        return float(connection.execute(text("SELECT (julianday('now') - 2440587.5) * 86400.0")).scalar_one())
+    return float(connection.execute(text("SELECT EXTRACT(EPOCH FROM clock_timestamp())")).scalar_one())
+
+
+def _open_engine(url: str) -> Engine:
     try:
         parsed = make_url(url)
+        if parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
         if parsed.get_backend_name() == "sqlite":
             if parsed.database in (None, "", ":memory:"):
                 raise ArgumentError("a database in memory cannot be shared by the service's processes")
@@ -143,11 +149,20 @@ def _prepare_sqlite(engine: Engine) -> None:
     event.listen(engine, "begin", on_begin)
 
 
+FULL = ("database or disk is full", "No space left on device", "could not extend file")
+"""What SQLite and PostgreSQL say when there is no room."""
+
+
 def unavailable(url: str, error: Exception) -> StoreError:
     cause = error.orig if isinstance(error, DBAPIError) else error
-    hint = "Name a file as sqlite:////absolute/path.db, in a folder that may be written."
     try:
         shown = make_url(url).render_as_string(hide_password=True)
     except ArgumentError:
         shown = "not a URL"
-    return StoreError.of("NCFM_DATABASE_URL", shown, f"the database cannot be used: {str(cause).splitlines()[0]}", hint)
+    said = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    if any(words in str(cause) for words in FULL):
+        return StoreFullError.of("NCFM_DATABASE_URL", shown, said, "Make room; nothing that was accepted is lost.")
+    hint = "Name a file as sqlite:////absolute/path.db, in a folder that may be written."
+    if shown.startswith("postgresql"):
+        hint = "Is the server up? Name it as postgresql://user:password@host:5432/database."
+    return StoreError.of("NCFM_DATABASE_URL", shown, f"the database cannot be used: {said}", hint)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from ulid import ULID
 
 from ncfm_core.errors import NcfmError
+from ncfm_core.spec import digest
 from worker.records import Accuracy, AttemptResult, AttemptStatus, ErrorRecord, FileRecord
 
 
@@ -60,6 +61,8 @@ class Reason(StrEnum):
 
     WAITING_FOR_CLUSTER = "waiting_for_cluster"
     """In the queue; the controller has not placed it yet."""
+    OWNER_LIMIT = "owner_limit"
+    """As many jobs of this owner run as may."""
     CLUSTER_FULL = "cluster_full"
     """Others hold what it needs, or as many jobs run as may."""
     EXCEEDS_CLUSTER = "exceeds_cluster"
@@ -80,7 +83,12 @@ class Reason(StrEnum):
     """The user asked for it."""
 
 
-EventType = Literal["created", "state", "waiting", "stage"]
+EventType = Literal["created", "state", "waiting", "stage", "changed", "published"]
+
+PRIORITY = 50
+"""The usual one, of 0 to 100."""
+AGEING_S = 60.0
+"""A point of priority is worth this long a wait: all jobs age alike, so their order never changes by itself."""
 
 
 class IllegalMove(NcfmError):
@@ -134,6 +142,32 @@ class Demand(Value):
     """`auto`: one where the cluster has any."""
 
 
+class CancelRequest(Value):
+    """How a job shall end."""
+
+    mode: Literal["graceful", "force"] = "graceful"
+    """`graceful` lets the driver end at its next step; `force` has Ray stop it at once."""
+    checkpoint: bool = False
+    """Whether a checkpoint is taken before."""
+    grace_seconds: float = 30.0
+    """How long a graceful end may take before Ray stops the driver."""
+    requested_at: datetime
+
+
+class AttemptRecord(Value):
+    """One attempt, as the database holds it."""
+
+    number: int
+    fence: int
+    """Token of the controller that started it."""
+    started_at: datetime
+    ended_at: datetime | None
+    outcome: str | None
+    """`succeeded`, `failed`, `lost` or `cancelled`; null while it is the current one."""
+    reason: str | None
+    message: str
+
+
 class Job(Value):
     """A job as the database holds it. `spec` stays a plain document, so that no later release can fail to read it."""
 
@@ -151,7 +185,9 @@ class Job(Value):
     attempt: int = 0
     """Number of the current or last attempt; 0 before the first."""
     losses: int = 0
-    """Attempts lost to causes that are not the user's."""
+    """Attempts lost with their driver, their node or their cluster."""
+    failures: int = 0
+    """Attempts that ended with an error which may pass."""
     retry_at: datetime | None = None
     progress: Progress | None = None
     stages: dict[str, str] = {}
@@ -163,6 +199,38 @@ class Job(Value):
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    owner: str = "local"
+    """Id of the API key that it was posted with; `local` where none is needed."""
+    priority: int = PRIORITY
+    """0 to 100: higher ones go first, as if they had been posted earlier (AGEING_S a point)."""
+    labels: dict[str, str] = {}
+    parent_id: str | None = None
+    """The job that this one is a rerun of."""
+    cancel: CancelRequest | None = None
+    publication: Literal["none", "pending", "done", "error"] = "none"
+    """Where its MLflow run stands: `pending` until the run holds all that the job found and how it ended."""
+    publish_tries: int = 0
+    publish_at: datetime | None = None
+    """Not before."""
+    deleted_at: datetime | None = None
+
+    @property
+    def rank(self) -> float:
+        """Place in the queue, lower first: the time of its posting, earlier by its priority."""
+        return self.created_at.timestamp() - AGEING_S * self.priority
+
+    @property
+    def dataset(self) -> str:
+        return _name(self.spec.get("dataset"))
+
+    @property
+    def method(self) -> str:
+        return _name(self.spec.get("method"))
+
+    @property
+    def spec_digest(self) -> str:
+        """sha256 of the resolved spec."""
+        return digest(self.spec)
 
     @property
     def demand(self) -> Demand:
@@ -177,6 +245,14 @@ class Event(Value):
     at: datetime
     type: EventType
     data: dict[str, JsonValue]
+    actor: str = "controller"
+    """Who did it: `controller`, `local`, or `key:<id>`."""
+    request_id: str = ""
+    """Of the request that did it."""
+
+
+def _name(part: JsonValue) -> str:
+    return str(part.get("name", "")) if isinstance(part, dict) else ""
 
 
 def new_job_id() -> str:

@@ -1,104 +1,250 @@
-"""What is kept in the database: jobs, their events, and what the controller last saw of the cluster.
+"""What is kept in the database of jobs: they, their attempts and events.
 
 A change of a job is one transaction: compare-and-set on its version, and one event with the next sequence number. Whoever
-loses the race gets None and looks again.
+loses the race gets None and looks again. A controller writes through a store that is fenced: once another one has taken its
+place, nothing of it is applied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, Row, insert, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
-from service.database import UtcDateTime, cluster, events, jobs, metadata, open_engine, unavailable
-from service.jobs import ACTIVE, Event, EventType, Job, Reason, State, check_move
+from ncfm_core.errors import NcfmError
+from service.database import StoreError
+from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, check_move
+from service.leases import check_fence
+from service.sightings import Sighting, Sightings
+from service.tables import UtcDateTime, attempts, events, idempotency, jobs
 from worker.records import now
+
+__all__ = ["CONTROLLER", "Actor", "Filter", "IdempotencyKey", "KeyReused", "Sighting", "Store"]
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who changes something, for the record."""
+
+    name: str
+    """`controller`, `local`, or `key:<id>`."""
+    request_id: str = ""
+
+
+CONTROLLER = Actor("controller")
+
+
+@dataclass(frozen=True, slots=True)
+class IdempotencyKey:
+    """What makes a repeated request the same request."""
+
+    owner: str
+    operation: str
+    """Method and path."""
+    key: str
+    fingerprint: str
+    """sha256 of what was asked, in hex."""
+
+
+class KeyReused(NcfmError):
+    """An idempotency key came again with another request."""
+
+    code = "idempotency_key_reused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sighting:
-    """What the controller last saw: how the API knows where a job would run without asking anybody."""
+class Filter:
+    """Which jobs a list has: all of what is set must hold."""
 
-    cpus: float | None = None
-    """Totals of the cluster; None before it was first seen."""
-    gpus: float | None = None
-    seen_at: datetime | None = None
-    """When Ray last answered."""
-    checked_at: datetime
-    """When the controller last looked."""
-    ray_error: str = ""
-    mlflow_error: str = ""
+    states: Sequence[State] = ()
+    owner: str | None = None
+    dataset: str | None = None
+    method: str | None = None
+    labels: Mapping[str, str] | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
 
 
-class Store:
-    """The database behind one URL.
+class Store(Sightings):
+    """The jobs of one database.
 
     Raises:
         StoreError: by every method, when the database cannot be used.
+        FencedError: by every method that writes, where `fence` is set and another controller has taken over.
     """
 
-    def __init__(self, url: str) -> None:
-        """Open it, creating the file and the tables where they are missing."""
-        self._engine = open_engine(url)
-        self._writer = self._engine.execution_options(ncfm_write=True)
-        with self._transaction() as connection:
-            # Migrations will take the place of this line: nothing else makes tables.
-            metadata.create_all(connection)
+    def __init__(self, url: str, *, fence: int | None = None) -> None:
+        """Open it; an empty one gets its tables.
 
-    def close(self) -> None:
-        self._engine.dispose()
+        Args:
+            url: SQLAlchemy URL.
+            fence: token of the lease that every write must still hold; None for writers that need none.
+        """
+        super().__init__(url)
+        self.fence = fence
 
-    def add(self, job: Job) -> Job:
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        with super().writing() as connection:
+            if getattr(self, "fence", None) is not None:
+                check_fence(connection, self.fence)
+            yield connection
+
+    def add(self, job: Job, *, actor: Actor = CONTROLLER) -> Job:
         """Keep a new job, with its first event."""
-        job = job.model_copy(update={"version": 1, "event_seq": 1})
-        with self._transaction() as connection:
-            connection.execute(insert(jobs).values(_row(job)))
-            _append(connection, job, "created", {"state": str(job.state)}, job.created_at)
-        return job
+        return self.add_once(job, None, actor=actor)[0]
 
-    def get(self, job_id: str) -> Job | None:
-        with self._reading() as connection:
-            row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+    def add_once(self, job: Job, key: IdempotencyKey | None, *, actor: Actor = CONTROLLER) -> tuple[Job, bool]:
+        """Keep a new job, unless one was kept under the same key: in one transaction.
+
+        Returns:
+            The job of the key, and whether it is the new one.
+
+        Raises:
+            KeyReused: the key was used for another request.
+        """
+        job = job.model_copy(update={"version": 1, "event_seq": 1})
+        known = None if key is None else self._known(key)
+        while known is None:
+            try:
+                with self.writing() as connection:
+                    if key is not None:
+                        row = asdict(key) | {"job_id": job.id, "created_at": job.created_at}
+                        connection.execute(insert(idempotency).values(row))
+                    connection.execute(insert(jobs).values(_row(job)))
+                    _append(connection, job, "created", {"state": str(job.state)}, job.created_at, actor)
+                return job, True
+            except StoreError as error:
+                # Somebody sent the same key at the same moment, and was first.
+                if key is None or not isinstance(error.__cause__, IntegrityError):
+                    raise
+                known = self._known(key)
+        assert key is not None
+        if known.fingerprint != key.fingerprint:
+            raise KeyReused.of(
+                "Idempotency-Key",
+                key.key,
+                f"was used for another request, which made job {known.job_id}",
+                "Send a new key with a new request.",
+            )
+        found = self.get(known.job_id, deleted=True)
+        return (job, False) if found is None else (found, False)
+
+    def _known(self, key: IdempotencyKey) -> Row[Any] | None:
+        with self.reading() as connection:
+            return connection.execute(
+                select(idempotency).where(
+                    idempotency.c.owner == key.owner,
+                    idempotency.c.operation == key.operation,
+                    idempotency.c.key == key.key,
+                )
+            ).one_or_none()
+
+    def get(self, job_id: str, *, deleted: bool = False) -> Job | None:
+        query = select(jobs).where(jobs.c.id == job_id)
+        if not deleted:
+            query = query.where(jobs.c.deleted_at.is_(None))
+        with self.reading() as connection:
+            row = connection.execute(query).one_or_none()
         return None if row is None else _job(row)
 
-    def page(self, *, limit: int, before: str | None = None, states: Sequence[State] = ()) -> list[Job]:
-        """Jobs from the newest to the oldest, those older than the job `before`: new ones never shift a page."""
-        query = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    def page(
+        self,
+        *,
+        limit: int,
+        before: str | None = None,
+        after: str | None = None,
+        wanted: Filter | None = None,
+        order: Literal["newest", "oldest"] = "newest",
+    ) -> list[Job]:
+        """Jobs by the time of their posting; new ones never shift a page.
+
+        Args:
+            limit: most jobs to return.
+            before: only jobs older than this one.
+            after: only jobs newer than this one.
+            wanted: which jobs.
+            order: which end comes first.
+        """
+        query = _filtered(select(jobs), wanted or Filter()).limit(limit)
+        query = query.order_by(jobs.c.id.desc() if order == "newest" else jobs.c.id)
         if before is not None:
             query = query.where(jobs.c.id < before)
-        if states:
-            query = query.where(jobs.c.state.in_(states))
-        with self._reading() as connection:
+        if after is not None:
+            query = query.where(jobs.c.id > after)
+        with self.reading() as connection:
             return [_job(row) for row in connection.execute(query)]
 
-    def queue(self, *, limit: int) -> list[Job]:
-        """Queued jobs from the oldest to the newest.
+    def queue(self, *, limit: int, except_owners: Collection[str] = ()) -> list[Job]:
+        """Queued jobs in the order of their rank.
 
         Those that exceed the cluster have a window of their own, so that however many there are, the others get past.
+
+        Args:
+            limit: of each window.
+            except_owners: whose jobs are left out, since they may not start now.
         """
-        query = select(jobs).where(jobs.c.state == State.QUEUED).order_by(jobs.c.id).limit(limit)
-        with self._reading() as connection:
+        query = select(jobs).where(jobs.c.state == State.QUEUED).order_by(jobs.c.rank, jobs.c.id).limit(limit)
+        if except_owners:
+            query = query.where(jobs.c.owner.not_in(except_owners))
+        with self.reading() as connection:
             rows = [
                 row
                 for condition in (jobs.c.reason != Reason.EXCEEDS_CLUSTER, jobs.c.reason == Reason.EXCEEDS_CLUSTER)
                 for row in connection.execute(query.where(condition))
             ]
-        return sorted((_job(row) for row in rows), key=lambda job: job.id)
+        return sorted((_job(row) for row in rows), key=lambda job: (job.rank, job.id))
+
+    def position(self, job: Job) -> int:
+        """How many queued jobs go before this one."""
+        ahead = (jobs.c.rank < job.rank) | ((jobs.c.rank == job.rank) & (jobs.c.id < job.id))
+        query = select(func.count()).select_from(jobs).where(jobs.c.state == State.QUEUED, ahead)
+        with self.reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def counts(self, *, owner: str | None = None) -> dict[State, int]:
+        """How many jobs are in each state."""
+        query = select(jobs.c.state, func.count()).where(jobs.c.deleted_at.is_(None)).group_by(jobs.c.state)
+        if owner is not None:
+            query = query.where(jobs.c.owner == owner)
+        with self.reading() as connection:
+            found = {State(state): int(count) for state, count in connection.execute(query)}
+        return {state: found.get(state, 0) for state in State}
 
     def active(self) -> list[Job]:
         """Jobs that hold a share of the cluster, oldest first."""
         query = select(jobs).where(jobs.c.state.in_(ACTIVE)).order_by(jobs.c.id)
-        with self._reading() as connection:
+        with self.reading() as connection:
             return [_job(row) for row in connection.execute(query)]
 
+    def unpublished(self, *, limit: int, at: datetime) -> list[Job]:
+        """Ended jobs whose MLflow run is due to be completed, oldest first."""
+        due = jobs.c.publish_at.is_(None) | (jobs.c.publish_at <= at)
+        ended = jobs.c.state.in_([state for state in State if state.is_terminal])
+        query = select(jobs).where(jobs.c.publication == "pending", ended, due).order_by(jobs.c.id).limit(limit)
+        with self.reading() as connection:
+            return [_job(row) for row in connection.execute(query)]
+
+    def attempts(self, job_id: str) -> list[AttemptRecord]:
+        query = select(attempts).where(attempts.c.job_id == job_id).order_by(attempts.c.number)
+        with self.reading() as connection:
+            return [AttemptRecord.model_validate(row._asdict()) for row in connection.execute(query)]
+
     def move(
-        self, job: Job, to: State, *, reason: Reason | None = None, message: str = "", **changes: object
+        self,
+        job: Job,
+        to: State,
+        *,
+        reason: Reason | None = None,
+        message: str = "",
+        actor: Actor = CONTROLLER,
+        **changes: object,
     ) -> Job | None:
         """Move a job, unless somebody changed it since it was read.
 
@@ -107,6 +253,7 @@ class Store:
             to: a state that the table of legal moves has for it.
             reason: why.
             message: a sentence for a person.
+            actor: who moves it.
             changes: other fields of the job to set in the same transaction.
 
         Returns:
@@ -129,12 +276,20 @@ class Store:
             "message": message,
             "attempt": moved.attempt,
         }
-        return self._change(moved, "state", data, at)
+        return self._change(moved, "state", data, at, actor)
 
-    def note(self, job: Job, kind: EventType, data: Mapping[str, JsonValue], **changes: object) -> Job | None:
+    def note(
+        self,
+        job: Job,
+        kind: EventType,
+        data: Mapping[str, JsonValue],
+        *,
+        actor: Actor = CONTROLLER,
+        **changes: object,
+    ) -> Job | None:
         """Write an event without a move, and fields with it, unless somebody changed the job since it was read."""
         assert "state" not in changes
-        return self._change(job.model_copy(update=changes), kind, data, now())
+        return self._change(job.model_copy(update=changes), kind, data, now(), actor)
 
     def report(self, job: Job, **changes: object) -> None:
         """Set fields that make no event, such as progress; nothing happens where somebody changed the job meanwhile.
@@ -148,74 +303,71 @@ class Store:
             .where(jobs.c.id == job.id, jobs.c.version == job.version)
             .values({name: changed[name] for name in changes})
         )
-        with self._transaction() as connection:
+        with self.writing() as connection:
             connection.execute(statement)
 
     def events(self, job_id: str, *, after: int, limit: int) -> list[Event]:
         query = select(events).where(events.c.job_id == job_id, events.c.seq > after).order_by(events.c.seq)
-        with self._reading() as connection:
+        with self.reading() as connection:
             return [Event.model_validate(row._asdict()) for row in connection.execute(query.limit(limit))]
 
-    def see(self, sighting: Sighting) -> None:
-        """Replace what is known of the cluster; totals that are None leave the last ones standing."""
-        with self._transaction() as connection:
-            row = connection.execute(select(cluster)).one_or_none()
-            if sighting.cpus is None and row is not None:
-                sighting = replace(sighting, cpus=row.cpus, gpus=row.gpus, seen_at=row.seen_at)
-            connection.execute(
-                insert(cluster).values(id=1, **asdict(sighting))
-                if row is None
-                else update(cluster).values(asdict(sighting))
-            )
-
-    def sighting(self) -> Sighting | None:
-        with self._reading() as connection:
-            row = connection.execute(select(cluster)).one_or_none()
-        if row is None:
-            return None
-        fields = row._asdict()
-        del fields["id"]
-        return Sighting(**fields)
-
-    def check_writable(self) -> None:
-        """Prove that a write would be taken, leaving nothing behind."""
-        with self._translated(), self._writer.connect() as connection:
-            connection.execute(update(cluster).values(id=cluster.c.id))
-            connection.rollback()
-
-    def _change(self, job: Job, kind: EventType, data: Mapping[str, JsonValue], at: datetime) -> Job | None:
+    def _change(
+        self, job: Job, kind: EventType, data: Mapping[str, JsonValue], at: datetime, actor: Actor
+    ) -> Job | None:
         """Compare-and-set on the version that was read, and one event."""
         changed = job.model_copy(update={"version": job.version + 1, "event_seq": job.event_seq + 1})
         statement = update(jobs).where(jobs.c.id == job.id, jobs.c.version == job.version).values(_row(changed))
-        with self._transaction() as connection:
+        with self.writing() as connection:
             if connection.execute(statement).rowcount != 1:
                 return None
-            _append(connection, changed, kind, data, at)
+            _append(connection, changed, kind, data, at, actor)
+            if kind == "state":
+                _keep_attempt(connection, changed, at, self.fence or 0)
         return changed
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with self._translated(), self._writer.begin() as connection:
-            yield connection
 
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        with self._translated(), self._engine.connect() as connection:
-            yield connection
+def _filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
+    query = query.where(jobs.c.deleted_at.is_(None))
+    if wanted.states:
+        query = query.where(jobs.c.state.in_(wanted.states))
+    for name in ("owner", "dataset", "method"):
+        value = getattr(wanted, name)
+        if value is not None:
+            query = query.where(jobs.c[name] == value)
+    for label, value in (wanted.labels or {}).items():
+        query = query.where(jobs.c.labels[label].as_string() == value)
+    if wanted.created_after is not None:
+        query = query.where(jobs.c.created_at > wanted.created_after)
+    if wanted.created_before is not None:
+        query = query.where(jobs.c.created_at < wanted.created_before)
+    return query
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except SQLAlchemyError as error:
-            raise unavailable(self._engine.url.render_as_string(), error) from error
+
+def _keep_attempt(connection: Connection, job: Job, at: datetime, fence: int) -> None:
+    """The row of the attempt that a move began or ended."""
+    if job.state is State.STARTING:
+        row = {"job_id": job.id, "number": job.attempt, "fence": fence, "started_at": at, "message": ""}
+        connection.execute(insert(attempts).values(row))
+    elif job.state is State.RECOVERING or job.state.is_terminal:
+        outcome = "lost" if job.state is State.RECOVERING else str(job.state)
+        connection.execute(
+            update(attempts)
+            .where(attempts.c.job_id == job.id, attempts.c.number == job.attempt, attempts.c.ended_at.is_(None))
+            .values(ended_at=at, outcome=outcome, reason=job.reason, message=job.message)
+        )
 
 
 def _row(job: Job) -> dict[str, Any]:
     """A job as column values: JSON columns get plain JSON, times stay times."""
-    plain, python = job.model_dump(mode="json"), job.model_dump()
+    plain = job.model_dump(mode="json")
+    derived = {name: getattr(job, name) for name in ("rank", "dataset", "method", "spec_digest")}
     return {
-        column.name: (python if isinstance(column.type, UtcDateTime) else plain)[column.name] for column in jobs.columns
+        column.name: derived[column.name]
+        if column.name in derived
+        else getattr(job, column.name)
+        if isinstance(column.type, UtcDateTime)
+        else plain[column.name]
+        for column in jobs.columns
     }
 
 
@@ -223,5 +375,17 @@ def _job(row: Row[Any]) -> Job:
     return Job.model_validate(row._asdict())
 
 
-def _append(connection: Connection, job: Job, kind: EventType, data: Mapping[str, JsonValue], at: datetime) -> None:
-    connection.execute(insert(events).values(job_id=job.id, seq=job.event_seq, at=at, type=kind, data=dict(data)))
+def _append(
+    connection: Connection, job: Job, kind: EventType, data: Mapping[str, JsonValue], at: datetime, actor: Actor
+) -> None:
+    connection.execute(
+        insert(events).values(
+            job_id=job.id,
+            seq=job.event_seq,
+            at=at,
+            type=kind,
+            data=dict(data),
+            actor=actor.name,
+            request_id=actor.request_id,
+        )
+    )

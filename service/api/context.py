@@ -1,19 +1,40 @@
-"""What routes are handed: the store, the storage root, the job that a path names."""
+"""What routes are handed: the store, the storage root, who asks, the job that a path names."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from fastapi import Depends, Path, Request
 
 from ncfm_core.errors import Problem, shorten
 from service.api.errors import NotFound
 from service.jobs import Job
-from service.store import Store
+from service.store import Actor, Store
 from worker.storage import Storage
 
 _JOB_ID = re.compile(r"[0-9a-z]{26}")
+
+Scope = Literal["read", "submit", "admin"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a request, as the guard found out."""
+
+    owner: str
+    """Id of the API key; `local` where none is needed."""
+    scopes: frozenset[Scope]
+    """`read` looks, `submit` also posts and changes what is its own, `admin` changes everything."""
+    request_id: str = ""
+
+    @property
+    def actor(self) -> Actor:
+        return Actor(self.owner if self.owner == LOCAL else f"key:{self.owner}", self.request_id)
+
+
+LOCAL = "local"
 
 
 def _store(request: Request) -> Store:
@@ -28,6 +49,14 @@ def _storage(request: Request) -> Storage:
     return storage
 
 
+def _caller(request: Request) -> Caller:
+    caller = getattr(request.state, "caller", None)
+    if isinstance(caller, Caller):
+        return caller
+    return Caller(LOCAL, frozenset({"read", "submit", "admin"}), request.state.request_id)
+
+
+CallerDep = Annotated[Caller, Depends(_caller)]
 StoreDep = Annotated[Store, Depends(_store)]
 StorageDep = Annotated[Storage, Depends(_storage)]
 

@@ -13,13 +13,13 @@ from starlette.responses import StreamingResponse
 
 from ncfm_core.submission import resolve
 from service.api.advice import warnings_for
-from service.api.context import JobDep, StorageDep, StoreDep
+from service.api.context import CallerDep, JobDep, StorageDep, StoreDep
 from service.api.errors import InvalidParameter
 from service.api.models import EventList, JobBody, JobList
 from service.api.openapi import SUBMISSION, problems
 from service.api.submission import SubmissionDep
 from service.jobs import Job, Reason, State, cancel_move, new_job_id
-from service.store import Store
+from service.store import Actor, Filter, Store
 from worker.records import attempt_path, now
 
 router = APIRouter(tags=["jobs"])
@@ -30,7 +30,7 @@ Limit = Annotated[int, Query(ge=1, le=200, description="Most items of the page."
 @router.post(
     "/jobs", status_code=201, responses=problems(400, 413, 415, 422, 503), openapi_extra=SUBMISSION, summary="Submit"
 )
-def submit_job(document: SubmissionDep, store: StoreDep, response: Response) -> JobBody:
+def submit_job(document: SubmissionDep, store: StoreDep, caller: CallerDep, response: Response) -> JobBody:
     """Keep a new job. Everything left out is filled in from the preset, now and for good."""
     spec = resolve(document)
     job = store.add(
@@ -40,7 +40,9 @@ def submit_job(document: SubmissionDep, store: StoreDep, response: Response) -> 
             spec=spec.document(),
             warnings=warnings_for(spec, store.sighting()),
             created_at=now(),
-        )
+            owner=caller.owner,
+        ),
+        actor=caller.actor,
     )
     response.headers["Location"] = f"/jobs/{job.id}"
     return JobBody.of(job)
@@ -55,7 +57,7 @@ def list_jobs(
 ) -> JobList:
     """Jobs, newest first. New jobs never shift the pages that follow."""
     before = None if cursor is None else _job_before(cursor)
-    found = store.page(limit=limit + 1, before=before, states=state or ())
+    found = store.page(limit=limit + 1, before=before, wanted=Filter(states=state or ()))
     page = found[:limit]
     return JobList(
         items=[JobBody.of(job) for job in page], next=_cursor(page[-1].id) if len(found) > len(page) else None
@@ -75,9 +77,9 @@ def get_job(job: JobDep) -> JobBody:
     | {200: {"description": "It is cancelled or being cancelled already", "model": JobBody}},
     summary="Cancel",
 )
-def cancel_job(job: JobDep, store: StoreDep, response: Response) -> JobBody:
+def cancel_job(job: JobDep, store: StoreDep, caller: CallerDep, response: Response) -> JobBody:
     """Ask for the end of a job. It is `cancelled` once its driver is known to be gone."""
-    moved = _cancelled(store, job)
+    moved = _cancelled(store, job, caller.actor)
     if moved is None:
         response.status_code = 200
     return JobBody.of(moved or job)
@@ -123,14 +125,14 @@ def get_logs(
     return StreamingResponse(chunks, media_type="text/plain; charset=utf-8", headers=headers)
 
 
-def _cancelled(store: Store, job: Job) -> Job | None:
+def _cancelled(store: Store, job: Job, actor: Actor) -> Job | None:
     """Move a job towards its end, however often the controller moves it meanwhile; None where it is under way already."""
     current: Job | None = job
     while current is not None:
         to = cancel_move(current)
         if to is None:
             return None
-        moved = store.move(current, to, reason=Reason.REQUESTED, message="cancelled by request")
+        moved = store.move(current, to, reason=Reason.REQUESTED, message="cancelled by request", actor=actor)
         if moved is not None:
             return moved
         current = store.get(job.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -66,7 +67,7 @@ class Move:
     to: State
     reason: Reason | None = None
     message: str = ""
-    changes: Mapping[str, object] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Report:
     """Pass on what the driver says of itself."""
 
     job: Job
-    changes: Mapping[str, object]
+    changes: Mapping[str, Any]
     event: Mapping[str, JsonValue] | None
     """Set where a stage has begun or ended."""
 

@@ -158,7 +158,7 @@ def test_events_when_paged_by_after(client: httpx.Client, api_store: Store) -> N
     move(api_store, body, State.STARTING, State.RUNNING, State.FAILED, reason=Reason.USER_ERROR)
     events = client.get(body["links"]["events"]).json()
     assert [event["seq"] for event in events["items"]] == [1, 2, 3, 4]
-    assert all(set(event) == {"seq", "at", "type", "data"} for event in events["items"])
+    assert all(set(event) == {"seq", "at", "type", "data", "actor", "request_id"} for event in events["items"])
     assert events["next"] is None
     first = client.get(body["links"]["events"], params={"limit": 2}).json()
     assert first["next"] == 2

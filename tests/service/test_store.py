@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from ncfm_core.submission import resolve
 from service.database import StoreError
 from service.jobs import IllegalMove, Job, Progress, Reason, State, new_job_id
-from service.store import Sighting, Store
+from service.store import Filter, Sighting, Store
 from worker.records import now
 
 DOCUMENT: dict[str, JsonValue] = {"dataset": "digits", "ipc": 1}
@@ -137,8 +137,8 @@ def test_page_when_jobs_are_added_meanwhile_is_stable(store: Store) -> None:
 def test_page_when_filtered_by_state(store: Store) -> None:
     jobs = [add(store) for _ in range(3)]
     store.move(jobs[1], State.CANCELLED)
-    assert [job.id for job in store.page(limit=10, states=[State.CANCELLED])] == [jobs[1].id]
-    assert len(store.page(limit=10, states=[State.CANCELLED, State.QUEUED])) == 3
+    assert [job.id for job in store.page(limit=10, wanted=Filter(states=[State.CANCELLED]))] == [jobs[1].id]
+    assert len(store.page(limit=10, wanted=Filter(states=[State.CANCELLED, State.QUEUED]))) == 3
 
 
 def test_queue_when_many_exceed_the_cluster_still_shows_the_others(store: Store) -> None:

@@ -1,0 +1,58 @@
+"""Which schema a database has, and how it gets the one of this release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import Connection, inspect, text
+
+SCHEMA = "0002"
+"""Revision that this release reads and writes: the newest migration."""
+UNVERSIONED = "0001"
+"""What a database of 0.1.0 has, which wrote no revision down."""
+LOCK = 6_233_264_912
+"""Of PostgreSQL: two processes that start at once upgrade one after the other."""
+
+
+def revision_of(connection: Connection) -> str | None:
+    """The revision of a database; None where it is empty."""
+    tables = set(inspect(connection).get_table_names())
+    if "alembic_version" in tables:
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+        return None if found is None else str(found)
+    return UNVERSIONED if "jobs" in tables else None
+
+
+def upgrade(connection: Connection) -> tuple[str | None, str]:
+    """Bring a database to this release's schema, inside the transaction that is open; the revision before and after.
+
+    Nothing happens where it is there already, or newer.
+    """
+    from alembic import command  # half as long to import as the rest of the API
+
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
+    before = revision_of(connection)
+    if before is not None and before >= SCHEMA:
+        return before, before
+    config = _config(connection)
+    if before == UNVERSIONED and not inspect(connection).has_table("alembic_version"):
+        command.stamp(config, UNVERSIONED)
+    command.upgrade(config, SCHEMA)
+    return before, SCHEMA
+
+
+def downgrade(connection: Connection, revision: str) -> None:
+    """Take a database back to an older schema, inside the transaction that is open: what that schema lacks is lost."""
+    from alembic import command
+
+    command.downgrade(_config(connection), revision)
+
+
+def _config(connection: Connection):  # type: ignore[no-untyped-def]
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    return config
