@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -131,7 +132,9 @@ class Distillation:
         counted = draws = 0
         while self.step < until:
             if self._draw is None or self.step % self._method.reuse == 0:
-                sums[2] += self._within_memory(self._open_draw)
+                # psi may have climbed before memory ran out: the second try climbs from where the first began.
+                undo = partial(self._sampler.load_state, self._sampler.state())
+                sums[2] += self._within_memory(self._open_draw, undo)
                 draws += 1
             sums[:2] += self._advance()
             counted += 1
@@ -144,8 +147,13 @@ class Distillation:
                 sums.zero_()
                 counted = draws = 0
 
-    def _within_memory(self, compute: Callable[[], T]) -> T:
-        """The result of a computation, which is tried once more with half as much at once if memory runs out."""
+    def _within_memory(self, compute: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+        """The result of a computation, which is tried once more with half as much at once if memory runs out.
+
+        Args:
+            compute: what to do.
+            undo: takes back what a first try may have done already.
+        """
         try:
             return compute()
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -155,6 +163,7 @@ class Distillation:
             # Images of a batch-norm network influence each other: for those the second try only finds a cache emptied.
             self.execution = self.execution.halved()
         self.halvings += 1
+        undo()
         if self.synthetic.images.is_cuda:
             torch.cuda.empty_cache()
         try:

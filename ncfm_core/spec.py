@@ -186,8 +186,8 @@ class NcfmSpec(Part):
     """Step size of Adam on psi's log-scales."""
     sampler_steps: Annotated[int, Field(ge=0, le=100)]
     """Ascent steps of psi per draw; 0 leaves it where it started."""
-    sampler_objective: Literal["gap", "power"]
-    """What psi raises: the gap itself, or the gap over its sampling error."""
+    sampler_objective: Literal["gap", "power", "debiased"]
+    """What psi raises: the gap itself, the gap over its sampling error, or the gap less that of two halves of the real batch."""
     amplitude_weight: Fraction
     """alpha: weight of the amplitude; the phase has 1 - alpha."""
     discrepancy_weight: Weight
