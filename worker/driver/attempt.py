@@ -83,6 +83,7 @@ class Attempt:
         Raises:
             NcfmError: one of them failed, or the attempt was asked to stop.
         """
+        self._watch.check()
         spec = self._job.spec
         cluster = tasks.nodes()
         demand = tasks.demand(spec.resources, cluster)
