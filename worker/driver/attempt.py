@@ -22,7 +22,15 @@ from worker.environment import code_version
 from worker.evidence import Evidence, Results, evidence, shortened_in, shortened_in_words
 from worker.history import Trouble
 from worker.plan import Build, Plan, held_out, plan
-from worker.records import FileRecord, StageResult, StopRequest, checkpoint_folder, checkpoint_root, set_folder
+from worker.records import (
+    FileRecord,
+    StageResult,
+    StopRequest,
+    checkpoint_folder,
+    checkpoint_root,
+    result_path,
+    set_folder,
+)
 from worker.settings import Surroundings
 from worker.site import DataFacts, Site
 from worker.stopping import StopWatch
@@ -132,8 +140,10 @@ class Attempt:
 
     def _too_late(self) -> LimitError:
         limit, seconds = self._job.spec.limits.wall_seconds, self._reporter.board.seconds()
-        took = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items() if value >= 1)
-        message = f"over before the first step of the distillation; this attempt took: {took or 'less than a second'}"
+        elapsed = time.time() - self._job.started_at.timestamp()
+        parts = seconds | {"earlier attempts, waiting and starting": max(0.0, elapsed - sum(seconds.values()))}
+        took = ", ".join(f"{stage} {value:.0f} s" for stage, value in parts.items() if value >= 1)
+        message = f"over before the first step of the distillation; it took: {took}"
         return LimitError.of("limits.wall_seconds", limit, message, "Allow more, or ask for fewer teachers or trials.")
 
     def _site(self, demand: tasks.Demand) -> Site:
@@ -179,6 +189,8 @@ class Attempt:
 
         # Those of the distillation as well, so that the stages come in their order.
         teachers = pool.run(teacher_orders(needed, self._job.spec))
+        if self._storage.size(result_path(str(build.key))) is None:
+            teachers = self._verified(pool, needed.search_teachers, teachers)
 
         def report(event: Progress | Trouble) -> None:
             self._reporter.happened(build, event)
@@ -198,8 +210,21 @@ class Attempt:
             ),
         )
         if self._tracker is not None:
-            self._tracker.offer_trials(trial_records(self._storage, result))
+            try:
+                self._tracker.offer_trials(trial_records(self._storage, result))
+            except DamagedError as error:
+                pool.build_again(error)
         return result
+
+    def _verified(self, pool: Pool, builds: Sequence[Build], results: Results) -> Results:
+        """Results whose files were read: a trial that meets a damaged one would only count as a bad trial."""
+        while True:
+            try:
+                for build in builds:
+                    self._storage.find_result(str(build.key), read=True)
+                return results
+            except DamagedError as error:
+                results = pool.build_again(error)
 
     def _distill_and_publish(
         self, pool: Pool, spec: JobSpec, facts: DataFacts, searched: StageResult | None

@@ -159,6 +159,7 @@ class StatusWriter:
         """
         self._board, self._storage, self._also = board, storage, also
         self._path = attempt_path(board.job_id, board.attempt, "status.json")
+        self._is_failing = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
 
@@ -184,6 +185,9 @@ class StatusWriter:
     def _write(self, status: AttemptStatus) -> None:
         try:
             self._storage.put_record(self._path, status)
-            self._also()
+            self._is_failing = False
         except StorageError as error:
-            log.warning("the status cannot be written: %s", error)
+            if not self._is_failing:
+                log.warning("the status cannot be written: %s", error)
+            self._is_failing = True
+        self._also()
