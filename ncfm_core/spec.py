@@ -299,6 +299,13 @@ class CheckpointSpec(Part):
     """At most this many seconds between two checkpoints."""
 
 
+class LimitsSpec(Part):
+    """Where a job has to end early. Never changes the key of a whole result."""
+
+    wall_seconds: Annotated[float, Field(ge=10, le=10_000_000)] | None
+    """Seconds from the job's first start after which the distillation ends at its last step; null for none."""
+
+
 class JobSpec(Part):
     """Everything that defines a job, resolved."""
 
@@ -326,6 +333,8 @@ class JobSpec(Part):
     """What a stage takes of the cluster."""
     checkpoint: CheckpointSpec
     """When it saves itself."""
+    limits: LimitsSpec
+    """Where it ends early."""
     experiment: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w .:-]+$")]
     """MLflow experiment."""
     seed: Seed
