@@ -4,6 +4,7 @@ jobs/<job>/spec.json                         the resolved spec, written by whoev
 jobs/<job>/attempts/<n>/status.json          AttemptStatus, rewritten at least every 2 s while something moves
 jobs/<job>/attempts/<n>/result.json          AttemptResult, once, at the end
 jobs/<job>/attempts/<n>/driver.log           what the driver logged
+jobs/<job>/attempts/<n>/stop.json            StopRequest, written by whoever wants the attempt to end
 jobs/<job>/set/<name>                        a plain copy of the published set, for people
 objects/<job>-<n>/<stage>-<key>/<name>       files of stage results, immutable
 results/<key>.json                           StageResult, created only if absent: the commit
@@ -136,13 +137,34 @@ class AttemptStatus(Record):
     mlflow_url: str | None
 
 
+class StopRequest(Record):
+    """Asks a running attempt to end of itself."""
+
+    version: Literal[1] = 1
+    checkpoint: bool
+    """Whether what runs saves itself first, so that a later attempt goes on from there."""
+    requested_at: datetime
+
+
+class Shortened(Record):
+    """How far a distillation came that ended when the job's wall time was over."""
+
+    step: int
+    """Updates of the images that the set has had."""
+    steps: int
+    """Those that were asked for."""
+    wall_seconds: float
+    """The limit."""
+
+
 class AttemptResult(Record):
     """The last word of an attempt."""
 
     version: Literal[1] = 1
     job_id: str
     attempt: int
-    outcome: Literal["succeeded", "failed"]
+    outcome: Literal["succeeded", "failed", "stopped"]
+    """`stopped`: it ended because it was asked to (StopRequest)."""
     error: ErrorRecord | None
     """Set when it failed."""
     retryable: bool
@@ -158,6 +180,12 @@ class AttemptResult(Record):
     mlflow_url: str | None
     warnings: tuple[str, ...]
     finished_at: datetime
+    shortened: Shortened | None = None
+    """Set where the distillation ended early for want of time."""
+    publication: Literal["done", "pending", "none"] = "none"
+    """Whether MLflow has all of it; `pending`: it was away (`python -m worker publish`), `none`: there is none."""
+    keys: tuple[str, ...] = ()
+    """Of all stage results that the attempt made or found."""
 
 
 def job_root(job_id: str) -> str:
@@ -168,7 +196,10 @@ def spec_path(job_id: str) -> str:
     return f"{job_root(job_id)}/spec.json"
 
 
-def attempt_path(job_id: str, attempt: int, document: Literal["status.json", "result.json", "driver.log"]) -> str:
+Document = Literal["status.json", "result.json", "driver.log", "stop.json"]
+
+
+def attempt_path(job_id: str, attempt: int, document: Document) -> str:
     return f"{job_root(job_id)}/attempts/{attempt}/{document}"
 
 

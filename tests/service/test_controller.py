@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from ncfm_core.submission import resolve
 from service.cluster import Capacity, ClusterUnreachable
 from service.controller import Controller
-from service.controller.decision import Policy
+from service.controller.decision import Policy, Submit
 from service.controller.launch import Launch
 from service.controller.sightings import Lookout, ask_mlflow
 from service.jobs import MOVES, Job, Reason, State, cancel_move, new_job_id
@@ -111,8 +111,11 @@ def test_job_when_all_goes_well(world: World) -> None:
     assert world.rounds(job, n=1).state is State.STARTING
     [(name, submission)] = world.cluster.submissions.items()
     assert name == f"{job.id}-1"
+    started_at = world.job(job).started_at
+    assert started_at is not None
     assert submission.entrypoint == (
         f"'/opt/a venv/bin/python' -m worker run storage:jobs/{job.id}/spec.json --job-id {job.id} --attempt 1"
+        f" --started-at {started_at.isoformat()}"
     )
     assert submission.env["NCFM_STORAGE"] == str(world.settings.home / "storage")
     assert submission.env["NCFM_MLFLOW_URL"] == "http://mlflow:5000"
@@ -155,7 +158,7 @@ def test_job_when_its_driver_is_killed_recovers_with_a_new_attempt(world: World)
     assert world.rounds(job, n=1).state is State.RECOVERING
     lost = world.job(job)
     assert (lost.reason, lost.losses) == (Reason.WORKER_LOST, 1)
-    assert lost.message == "attempt 1 ended without a result: driver was killed"
+    assert lost.message == "attempt 1 ended without a result: driver was killed; attempt 2 follows in 0 s"
     assert world.storage.get(attempt_path(job.id, 1, "driver.log")) == f"log of {job.id}-1\n".encode()
     again = world.rounds(job, n=2)
     assert (again.state, again.attempt) == (State.STARTING, 2)
@@ -262,7 +265,7 @@ def test_cancel_when_it_ends_while_a_slow_controller_submits_leaves_no_driver(wo
     world.cancel(job)
     world.rounds(job, n=2)
     slow = world.restarted()
-    slow._submit(starting)
+    slow._act.do(Submit(starting))
     assert world.cluster.stops == [f"{job.id}-1"]
 
 
@@ -399,20 +402,6 @@ def test_job_when_the_controller_is_killed_around_any_side_effect(
             effects = after
             break
     assert effects >= (5 if cancel else 7), "the scenario has had at least as many side effects as moves"
-
-
-def test_two_controllers_when_they_run_at_once_move_each_job_once(world: World) -> None:
-    world.cluster.cpus = 100
-    jobs = [world.submit() for _ in range(8)]
-    controllers = [world.restarted() for _ in range(2)]
-    threads = [threading.Thread(target=lambda c=c: [c.round() for _ in range(10)]) for c in controllers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for job in jobs:
-        assert world.path(job) in (["queued"], ["queued", "starting"])
-    assert len(world.store.active()) == len(world.cluster.submissions) <= 2 * POLICY.max_running_jobs
 
 
 def test_run_when_asked_to_stop_ends_at_once_and_tells_what_it_saw(world: World) -> None:
