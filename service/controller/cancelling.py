@@ -75,15 +75,14 @@ def _is_over(job: Job, at: datetime, policy: Policy) -> bool:
 
 def _pending(attempt: Attempt, policy: Policy) -> str:
     """What is not known to be gone; nothing where all is."""
+    if attempt.remains:
+        named = ", ".join(attempt.remains[:MAX_NAMED]) + (", ..." if len(attempt.remains) > MAX_NAMED else "")
+        return f"what its driver left running: {named}"
     stopped = attempt.result is not None and attempt.result.outcome == "stopped"
-    silence_s = 0.0 if stopped else policy.heartbeat_s
-    if not is_gone(attempt, policy, known_gone_after_s=silence_s):
+    if not is_gone(attempt, policy, known_gone_after_s=0.0 if stopped else policy.heartbeat_s):
         return "its driver to be silent"
     if attempt.ray is not None and attempt.remains is None:
         return "Ray's account of its processes"
-    if attempt.remains:
-        named = ", ".join(attempt.remains[:MAX_NAMED]) + (", ..." if len(attempt.remains) > MAX_NAMED else "")
-        return f"{len(attempt.remains)} processes to end: {named}"
     return ""
 
 

@@ -281,7 +281,7 @@ def test_decide_when_a_cancelled_job_leaves_processes_waits_for_them_but_not_for
     left: dict[str, Any] = {"ray": STOPPED, "remains": ("worker 7 on node-2",)}
     waiting = climb(asked(299, "force"), **left)
     assert isinstance(waiting, Wait)
-    assert "1 processes to end: worker 7 on node-2" in waiting.message
+    assert "waits for what its driver left running: worker 7 on node-2" in waiting.message
     given_up = climb(asked(300, "force"), **left)
     assert isinstance(given_up, Move)
     assert (given_up.to, given_up.detail["cleanup"]) == (State.CANCELLED, "unverified")
