@@ -30,7 +30,7 @@ logger = logging.getLogger("ncfm.controller")
 
 AFTER_MOVE_S = 0.02
 """Pause after a round that moved something: what follows from it need not wait for the next poll."""
-MAX_WAITS = 10
+MAX_WAITS = 4
 """Jobs that are told in one round why they wait: what is said of all of them must not hold up those that run."""
 
 

@@ -202,7 +202,7 @@ def test_run_when_storage_was_away_drops_the_reason_once_it_is_back(world: World
 def test_round_when_thousands_wait_tells_few_at_a_time_and_each_once(world: World) -> None:
     running = world.running()
     jobs = [world.submit() for _ in range(3 * MAX_WAITS)]
-    for told in (10, 20, 30, 30):
+    for told in (MAX_WAITS, 2 * MAX_WAITS, 3 * MAX_WAITS, 3 * MAX_WAITS):
         world.rounds(running, n=1)
         assert sum(world.job(job).reason is Reason.CLUSTER_FULL for job in jobs) == told
     events = [event for job in jobs for event in world.store.events(job.id, after=0, limit=99)]
