@@ -8,6 +8,7 @@ jobs/<job>/attempts/<n>/stop.json            StopRequest, written by whoever wan
 jobs/<job>/set/<name>                        a plain copy of the published set, for people
 objects/<job>-<n>/<stage>-<key>/<name>       files of stage results, immutable
 results/<key>.json                           StageResult, created only if absent: the commit
+damaged/<key>-<n>.json                       a StageResult whose files were found missing or damaged, out of the way
 checkpoints/<job>/<key>/<n>/<step>.safetensors   with <step>.json (CheckpointRecord) as its commit
 
 Readers ignore keys that they do not know, so that an older controller can follow a newer driver. Light: no torch, no ray.
@@ -186,6 +187,8 @@ class AttemptResult(Record):
     """Whether MLflow has all of it; `pending`: it was away (`python -m worker publish`), `none`: there is none."""
     keys: tuple[str, ...] = ()
     """Of all stage results that the attempt made or found."""
+    data: dict[str, JsonValue] | None = None
+    """What the inspection found (worker.site.DataFacts); None where it did not come so far."""
 
 
 def job_root(job_id: str) -> str:
@@ -207,14 +210,24 @@ def result_path(key: str) -> str:
     return f"results/{key.removeprefix('sha256:')}.json"
 
 
+def damaged_path(key: str, number: int) -> str:
+    """Where the record of a result goes that was found damaged, for the nth time."""
+    return f"damaged/{key.removeprefix('sha256:')}-{number}.json"
+
+
 def object_folder(built_by: str, stage: StageName, key: str) -> str:
     """Where an attempt (`<job>-<attempt>`) puts the files of one result."""
     return f"objects/{built_by}/{stage}-{key.removeprefix('sha256:')[:12]}"
 
 
+def checkpoint_root(job_id: str) -> str:
+    """All checkpoints of a job."""
+    return f"checkpoints/{job_id}"
+
+
 def checkpoint_folder(job_id: str, key: str, attempt: int | None = None) -> str:
     """The checkpoints of one result: of one attempt, or of all attempts of the job."""
-    folder = f"checkpoints/{job_id}/{key.removeprefix('sha256:')}"
+    folder = f"{checkpoint_root(job_id)}/{key.removeprefix('sha256:')}"
     return folder if attempt is None else f"{folder}/{attempt}"
 
 
