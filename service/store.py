@@ -244,6 +244,7 @@ class Store(Sightings):
         reason: Reason | None = None,
         message: str = "",
         actor: Actor = CONTROLLER,
+        detail: Mapping[str, JsonValue] | None = None,
         **changes: object,
     ) -> Job | None:
         """Move a job, unless somebody changed it since it was read.
@@ -254,6 +255,7 @@ class Store(Sightings):
             reason: why.
             message: a sentence for a person.
             actor: who moves it.
+            detail: more for the event's data.
             changes: other fields of the job to set in the same transaction.
 
         Returns:
@@ -275,6 +277,7 @@ class Store(Sightings):
             "reason": str(reason) if reason else None,
             "message": message,
             "attempt": moved.attempt,
+            **(detail or {}),
         }
         return self._change(moved, "state", data, at, actor)
 
