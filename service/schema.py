@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 SCHEMA = "0002"
 """Revision that this release reads and writes: the newest migration."""
@@ -23,7 +27,7 @@ def revision_of(connection: Connection) -> str | None:
     return UNVERSIONED if "jobs" in tables else None
 
 
-def upgrade(connection: Connection) -> tuple[str | None, str]:
+def upgrade(connection: Connection, revision: str = SCHEMA) -> tuple[str | None, str]:
     """Bring a database to this release's schema, inside the transaction that is open; the revision before and after.
 
     Nothing happens where it is there already, or newer.
@@ -31,15 +35,18 @@ def upgrade(connection: Connection) -> tuple[str | None, str]:
     from alembic import command  # half as long to import as the rest of the API
 
     if connection.dialect.name == "postgresql":
+        # However long it takes, and however long another process takes over it.
+        for name in ("statement_timeout", "lock_timeout"):
+            connection.execute(text(f"SET LOCAL {name} = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
     before = revision_of(connection)
-    if before is not None and before >= SCHEMA:
+    if before is not None and before >= revision:
         return before, before
     config = _config(connection)
     if before == UNVERSIONED and not inspect(connection).has_table("alembic_version"):
         command.stamp(config, UNVERSIONED)
-    command.upgrade(config, SCHEMA)
-    return before, SCHEMA
+    command.upgrade(config, revision)
+    return before, revision
 
 
 def downgrade(connection: Connection, revision: str) -> None:
@@ -49,7 +56,7 @@ def downgrade(connection: Connection, revision: str) -> None:
     command.downgrade(_config(connection), revision)
 
 
-def _config(connection: Connection):  # type: ignore[no-untyped-def]
+def _config(connection: Connection) -> Config:
     from alembic.config import Config
 
     config = Config()
