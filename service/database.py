@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -75,6 +75,12 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -199,6 +205,8 @@ def unavailable(url: str, error: Exception) -> StoreError:
     if any(words in str(cause) for words in FULL):
         return StoreFullError.of("NCFM_DATABASE_URL", shown, said, "Make room; nothing that was accepted is lost.")
     hint = "Name a file as sqlite:////absolute/path.db, in a folder that may be written."
+    if "malformed" in str(cause):
+        hint = "The file is damaged: stop the service, keep the file, and `ncfm restore` the last backup."
     if shown.startswith("postgresql"):
         hint = "Is the server up? Name it as postgresql://user:password@host:5432/database."
     return StoreError.of("NCFM_DATABASE_URL", shown, f"the database cannot be used: {said}", hint)

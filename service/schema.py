@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
+
+from ncfm_core.errors import NcfmError
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -16,6 +19,41 @@ UNVERSIONED = "0001"
 """What a database of 0.1.0 has, which wrote no revision down."""
 LOCK = 6_233_264_912
 """Of PostgreSQL: two processes that start at once upgrade one after the other."""
+
+
+class SchemaError(NcfmError):
+    """The database cannot get the schema that is asked for."""
+
+    code = "invalid_schema"
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaState:
+    """Whether a release can work with a database."""
+
+    schema: str | None
+    problem: str = ""
+    """What keeps it from that; empty where nothing does."""
+    hint: str = ""
+    """The way out."""
+
+
+def state_of(connection: Connection) -> SchemaState:
+    """Look at a database: its schema, and whether a SQLite file is whole."""
+    if connection.dialect.name == "sqlite":
+        said = [str(row[0]) for row in connection.execute(text("PRAGMA integrity_check(5)"))]
+        if said != ["ok"]:
+            hint = "Stop the service, keep the file, and `ncfm restore` the last backup (or `sqlite3 FILE .recover`)."
+            return SchemaState(None, f"the file is damaged: {'; '.join(said)}", hint)
+    found = revision_of(connection)
+    if found is None:
+        return SchemaState(None, "the database is empty", "Run `ncfm db upgrade`, or start the service.")
+    if found < SCHEMA:
+        hint = "Make a copy with `ncfm backup FILE`, then run `ncfm db upgrade`."
+        return SchemaState(found, f"schema {found} is older than this release's", hint)
+    if found > SCHEMA:
+        return SchemaState(found, f"schema {found} is newer than this release's", "Use the newer release.")
+    return SchemaState(found)
 
 
 def revision_of(connection: Connection) -> str | None:
@@ -50,9 +88,18 @@ def upgrade(connection: Connection, revision: str = SCHEMA) -> tuple[str | None,
 
 
 def downgrade(connection: Connection, revision: str) -> None:
-    """Take a database back to an older schema, inside the transaction that is open: what that schema lacks is lost."""
+    """Take a database back to an older schema, inside the transaction that is open: what that schema lacks is lost.
+
+    Raises:
+        SchemaError: there is no such schema, or it is none that the database comes from.
+    """
     from alembic import command
 
+    before = revision_of(connection)
+    older = sorted(each.stem[:4] for each in (Path(__file__).parent / "migrations/versions").glob("[0-9]*.py"))
+    if revision not in older or before not in older or revision > before:
+        hint = f"Known ones: {', '.join(older)}."
+        raise SchemaError.of("revision", revision, f"the database has schema {before or 'none'}", hint)
     command.downgrade(_config(connection), revision)
 
 

@@ -84,6 +84,7 @@ jobs = Table(
     Index("jobs_by_publication", "publication", "publish_at"),
     Index("jobs_by_dataset", "dataset", "id"),
     Index("jobs_by_method", "method", "id"),
+    Index("jobs_by_end", "finished_at", "id"),
     Index("jobs_by_count", "deleted_at", "state", "owner"),
 )
 

@@ -18,6 +18,7 @@ INDEXES = (
     ("jobs_by_publication", "jobs", ["publication", "publish_at"]),
     ("jobs_by_dataset", "jobs", ["dataset", "id"]),
     ("jobs_by_method", "jobs", ["method", "id"]),
+    ("jobs_by_end", "jobs", ["finished_at", "id"]),
     ("jobs_by_count", "jobs", ["deleted_at", "state", "owner"]),
     ("idempotency_by_time", "idempotency", ["created_at"]),
     ("audit_by_time", "audit", ["at"]),
