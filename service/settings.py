@@ -10,6 +10,8 @@ from pydantic import Field, SecretStr, ValidationError
 from ncfm_core.errors import NcfmError, Problem, shorten
 from worker.settings import Surroundings
 
+Days = Annotated[float, Field(ge=0, le=100_000)]
+
 
 class Settings(Surroundings):
     """What api, controller and the embedded stack need beyond the worker's surroundings."""
@@ -44,6 +46,18 @@ class Settings(Surroundings):
     """Without a sign from the active controller for this long, another one takes over."""
     crash_at: str = ""
     """For tests alone: the point at which the controller ends itself as kill -9 would (service/controller/crash_points.py)."""
+    keep_events_days: Days = 30
+    """Events of a job that has ended, other than the last ones."""
+    keep_deleted_days: Days = 7
+    """Rows and files of a job that was deleted."""
+    keep_keys_hours: Annotated[float, Field(ge=1, le=10_000)] = 72
+    """How long a repeated request is known by its Idempotency-Key."""
+    keep_audit_days: Days = 90
+    """What was done by whom."""
+    keep_temporary_days: Days = 1
+    """Objects that no result and no job refers to, as a killed attempt leaves them."""
+    keep_cache_days: Days | None = None
+    """Stage results that no job refers to; for ever, unless set."""
 
     @property
     def database(self) -> str:

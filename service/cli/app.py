@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from ncfm_core.errors import NcfmError, SpecError
-from service.cli import jobs
+from service.cli import jobs, upkeep
 from service.cli.bench import bench
+from service.cli.db import db
 from service.cli.demo import demo
 from service.cli.terminal import as_json, messages, results
 from service.client import ClientError, ServiceAway
@@ -34,6 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 jobs.register(app)
+upkeep.register(app)
+app.add_typer(db, name="db")
 app.command()(demo)
 # What comes after `bench`, --help too, is for the process that it starts.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
