@@ -9,8 +9,9 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from service.api import artifacts, errors, health, jobs, openapi
+from service.api import artifacts, changes, errors, following, health, jobs, listing, openapi, reruns
 from service.api.guard import Guard
+from service.api.streams import Streams
 from service.settings import Settings
 from service.store import Store
 from worker.storage import Storage
@@ -28,11 +29,13 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        app.state.streams.shut()
         store.close()
 
     app = FastAPI(title="NCFM distillation service", version=version("ncfm"), lifespan=lifespan, redirect_slashes=False)
     app.state.store, app.state.storage = store, storage
-    for routes in (jobs, artifacts, health):
+    app.state.streams = Streams(store, storage)
+    for routes in (jobs, listing, following, changes, reruns, artifacts, health):
         app.include_router(routes.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(Guard, host=settings.host, allow_remote=settings.allow_remote)

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from ncfm_core.submission import submission_schema
+from service.api.envelope import ENVELOPE_SCHEMA
 from service.api.errors import ProblemDocument
 from service.jobs import moves_table
 
@@ -20,6 +21,7 @@ SUBMISSION = {
                 "examples": {
                     "smallest": {"value": {"dataset": "digits", "ipc": 1}},
                     "quick": {"value": {"dataset": "cifar10", "ipc": 10, "preset": "quick", "seed": 1}},
+                    "labelled": {"value": {"dataset": "digits", "ipc": 1, "priority": 60, "labels": {"paper": "dm"}}},
                 },
             }
         },
@@ -69,6 +71,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas.pop(name, None)
     template = "#/components/schemas/{model}"
     submission = _moved(submission_schema())
+    submission["properties"] |= ENVELOPE_SCHEMA
     problem = ProblemDocument.model_json_schema(ref_template=template)
     for name, schema in (("Submission", submission), ("ProblemDocument", problem)):
         schemas.update(schema.pop("$defs", {}))
