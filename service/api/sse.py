@@ -111,7 +111,7 @@ def message(kind: str, data: BaseModel, *, number: int | None = None) -> bytes:
 
 def lines(data: bytes, *, number: int) -> bytes:
     """Lines of a log as one message: one `data` for each, whatever ends it."""
-    text = data.decode("utf-8", errors="replace").removesuffix("\n").replace("\r\n", "\n").replace("\r", "\n")
+    text = data.decode("utf-8", errors="replace").replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
     body = "".join(f"data: {line}\n" for line in text.split("\n"))
     return f"id: {number}\n{body}\n".encode()
 
