@@ -64,7 +64,13 @@ def test_cancel_when_asked_twice_may_only_become_forced(client: httpx.Client, ap
 def test_cancel_when_recovering_with_a_run_leaves_its_publication_to_do(client: httpx.Client, api_store: Store) -> None:
     job_id = submit(client)
     move(
-        api_store, job_id, State.STARTING, State.RUNNING, State.RECOVERING, reason=Reason.WORKER_LOST, mlflow_run_id="run-1"
+        api_store,
+        job_id,
+        State.STARTING,
+        State.RUNNING,
+        State.RECOVERING,
+        reason=Reason.WORKER_LOST,
+        mlflow_run_id="run-1",
     )
     body = client.post(f"/jobs/{job_id}/cancel").json()
     assert (body["state"], body["publication"]) == ("cancelled", "pending")

@@ -33,7 +33,7 @@ def move(store: Store, job_id: str, *states: State, **changes: Any) -> Job:
     job = store.get(job_id)
     assert job is not None
     for state in states:
-        moved = store.move(job, state, **{"attempt": 1} | changes)  # type: ignore[arg-type]
+        moved = store.move(job, state, **{"attempt": 1} | changes)
         assert moved is not None
         job = moved
     return job
@@ -160,12 +160,12 @@ def test_log_when_streamed_has_every_byte_once_and_ends_with_the_attempt(
         got = list(messages(reply))
     assert "\n".join(each["data"] for each in got if "event" not in each) == "one\ntwo\nthr\u00e9e\nlast"
     assert got[0]["id"] == "4"
-    assert got[-2]["id"] == "19"
+    assert got[-2]["id"] == "20"
     assert json.loads(got[-1]["data"]) == {"state": "failed", "attempt": 1}
     again = STREAM | {"Last-Event-ID": "4"}
     with client.stream("GET", f"/jobs/{job_id}/logs", headers=again) as reply:
         assert next(messages(reply))["data"] == "two\nthr\u00e9e\nlast"
-    assert client.get(f"/jobs/{job_id}/logs", headers=STREAM | {"Last-Event-ID": "19"}).status_code == 204
+    assert client.get(f"/jobs/{job_id}/logs", headers=STREAM | {"Last-Event-ID": "20"}).status_code == 204
 
 
 def test_log_when_a_next_attempt_begins_ends_and_says_so(
