@@ -13,7 +13,7 @@ from ncfm_core.errors import Problem, SpecError, shorten
 from service.api.context import CallerDep, JobDep, StoreDep, may_change
 from service.api.envelope import ENVELOPE_SCHEMA, merged, read_envelope
 from service.api.errors import NotFound, NotReady
-from service.api.looking import IfMatch, check_match, etag_of, show
+from service.api.looking import JOB_PATH, IfMatch, check_match, etag_of, show
 from service.api.models import JobBody
 from service.api.openapi import problems
 from service.api.submission import read_optional, read_submission
@@ -126,7 +126,7 @@ def _changed(store: Store, job: Job, change: Callable[[Job], Job | None]) -> tup
 
 
 @router.patch(
-    "/jobs/{id}",
+    JOB_PATH,
     responses=problems(400, 404, 409, 412, 413, 415, 422, 503, 507)
     | {200: {"description": "The job", "headers": {"ETag": {"schema": {"type": "string"}}}}},
     openapi_extra=document_body(
@@ -187,7 +187,7 @@ def change_job(
 
 
 @router.delete(
-    "/jobs/{id}",
+    JOB_PATH,
     status_code=204,
     responses=problems(404, 409, 412, 422, 503, 507),
     response_class=Response,

@@ -11,7 +11,7 @@ from ncfm_core.submission import resolve
 from service.api.advice import warnings_for
 from service.api.context import CallerDep, JobDep, StoreDep, StreamsDep
 from service.api.envelope import merged, split
-from service.api.looking import IfNoneMatch, etag_of, names, show
+from service.api.looking import JOB_PATH, IfNoneMatch, etag_of, names, show
 from service.api.models import AttemptList, JobBody
 from service.api.once import REPLAYED, IdempotencyHeader, idempotency_key
 from service.api.openapi import SUBMISSION, problems
@@ -72,7 +72,7 @@ def answer_made(store: Store, job: Job, *, is_new: bool, response: Response) -> 
 
 
 @router.get(
-    "/jobs/{id}",
+    JOB_PATH,
     responses=problems(404, 422, 429, 503)
     | {
         200: {"description": "The job", "headers": {"ETag": {"schema": {"type": "string"}}}},

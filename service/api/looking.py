@@ -7,11 +7,22 @@ from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import Header
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from service.api.errors import ApiError
 from service.api.models import JobBody
 from service.jobs import Job, State
 from service.store import Store
+
+JOB_PATH = "/jobs/{id:job}"
+"""Path of one job: not of what has a name of its own beside the ids."""
+
+
+class _JobConvertor(StringConvertor):
+    regex = "(?!validate$)[^/]+"
+
+
+register_url_convertor("job", _JobConvertor())
 
 IfNoneMatch = Annotated[str | None, Header(description="An ETag: 304 where the job still looks so.")]
 IfMatch = Annotated[str | None, Header(description="An ETag: 412 where the job has been changed since.")]

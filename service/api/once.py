@@ -20,6 +20,8 @@ IdempotencyHeader = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
+        # For the document alone: what is wrong with a key is said in our words.
+        json_schema_extra={"minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": r"^[\x20-\x7e]+$"},
         description="Up to 255 printable ASCII characters, new for each new request: the same request under the same key is "
         "carried out once, and answered with the job that it made.",
     ),

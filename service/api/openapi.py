@@ -78,10 +78,21 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas[name] = schema
     for operations in document["paths"].values():
         for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                _unwrap_optional(parameter["schema"])
             for status, response in operation["responses"].items():
                 if "HTTPValidationError" in str(response):
                     operation["responses"][status] = problems(422)[422]
     return document
+
+
+def _unwrap_optional(schema: dict[str, Any]) -> None:
+    """Take the null out of an optional parameter's schema: a query and a header have no way to say it."""
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}]
+    if len(kinds) == 1:
+        del schema["anyOf"]
+        # What is said of the parameter as a whole, such as the length of a text, comes second.
+        schema.update(kinds[0] | schema)
 
 
 def _moved(schema: Any) -> Any:
