@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -28,6 +29,12 @@ Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Most items of the 
 _NO_NUL = r"^[^\x00]*$"
 _Text = Query(max_length=128, pattern=_NO_NUL)
 _LABEL = rf"^{LABEL_KEY}:[^\x00]{{0,{MAX_LABEL_CHARS}}}$"
+_Time = Query(
+    max_length=64,
+    json_schema_extra={"format": "date-time"},
+    description="Such as 2026-01-31T12:00:00Z; UTC where no zone is given.",
+)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _Label = Annotated[str, Query(pattern=_LABEL)]
 
 
@@ -44,8 +51,8 @@ def list_jobs(
         list[_Label] | None,
         Query(max_length=8, description="Only jobs with this label, `key:value`; may be given twice."),
     ] = None,
-    created_after: Annotated[datetime | None, Query(description="UTC where no zone is given.")] = None,
-    created_before: Annotated[datetime | None, Query(description="UTC where no zone is given.")] = None,
+    created_after: Annotated[str | None, _Time] = None,
+    created_before: Annotated[str | None, _Time] = None,
     order: Annotated[Order, Query(description="Which end comes first.")] = "newest",
 ) -> JobList:
     """Jobs in the order of their posting, as summaries. New jobs never shift the pages that follow."""
@@ -85,14 +92,18 @@ def _labels(given: list[str]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _utc(name: str, given: datetime | None) -> datetime | None:
+def _utc(name: str, given: str | None) -> datetime | None:
     if given is None:
         return None
     try:
-        return given.replace(tzinfo=UTC) if given.tzinfo is None else given.astimezone(UTC)
-    except OverflowError:
+        if not _DATE.match(given):
+            raise ValueError(given)
+        # In a query, the plus of a zone is often sent as it is, and read as a space.
+        time = datetime.fromisoformat(given.upper().replace(" ", "+") if given.count(":") == 3 else given.upper())
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError):
         hint = "Choose a time such as 2026-01-31T12:00:00Z."
-        raise InvalidParameter(Problem(name, shorten(str(given)), "out of range", hint)) from None
+        raise InvalidParameter(Problem(name, shorten(given), "not a time, or out of range", hint)) from None
 
 
 def _fingerprint(wanted: Filter, order: Order) -> str:

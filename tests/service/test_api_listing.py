@@ -115,6 +115,8 @@ def test_list_when_the_cursor_belongs_to_other_filters_is_refused(fresh: TestCli
         ("created_after=yesterday", "created_after"),
         ("created_after=0001-01-01T00:00:00%2B14:00", "created_after"),
         ("created_before=9999-12-31T23:59:59-14:00", "created_before"),
+        ("created_before=0.5", "created_before"),
+        ("created_before=20260101", "created_before"),
         ("order=random", "order"),
         ("owner=%00", "owner"),
         ("dataset=" + "x" * 200, "dataset"),
