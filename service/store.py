@@ -175,7 +175,7 @@ class Store(Sightings):
             wanted: which jobs.
             order: which end comes first.
         """
-        query = _filtered(select(jobs), wanted or Filter()).limit(limit)
+        query = filtered(select(jobs), wanted or Filter()).limit(limit)
         query = query.order_by(jobs.c.id.desc() if order == "newest" else jobs.c.id)
         if before is not None:
             query = query.where(jobs.c.id < before)
@@ -330,7 +330,8 @@ class Store(Sightings):
         return changed
 
 
-def _filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
+def filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
+    """A query of jobs, narrowed to the wanted ones that are not deleted."""
     query = query.where(jobs.c.deleted_at.is_(None))
     if wanted.states:
         query = query.where(jobs.c.state.in_(wanted.states))

@@ -9,8 +9,23 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from service.api import artifacts, errors, health, jobs, openapi
+from service.api import (
+    artifacts,
+    capabilities,
+    changes,
+    cluster_view,
+    errors,
+    following,
+    forecast,
+    health,
+    jobs,
+    listing,
+    metrics_series,
+    openapi,
+    reruns,
+)
 from service.api.guard import Guard
+from service.api.streams import Streams
 from service.settings import Settings
 from service.store import Store
 from worker.storage import Storage
@@ -28,11 +43,15 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        app.state.streams.shut()
         store.close()
 
     app = FastAPI(title="NCFM distillation service", version=version("ncfm"), lifespan=lifespan, redirect_slashes=False)
     app.state.store, app.state.storage = store, storage
-    for routes in (jobs, artifacts, health):
+    app.state.streams = Streams(store, storage)
+    for routes in (jobs, forecast, listing, following, changes, reruns, metrics_series):
+        app.include_router(routes.router)
+    for routes in (artifacts, capabilities, cluster_view, health):
         app.include_router(routes.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(Guard, host=settings.host, allow_remote=settings.allow_remote)

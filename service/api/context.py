@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Annotated, Literal
 
 from fastapi import Depends, Path, Request
 
 from ncfm_core.errors import Problem, shorten
-from service.api.errors import NotFound
+from service.api.errors import ApiError, NotFound
+from service.api.streams import Streams
 from service.jobs import Job
 from service.store import Actor, Store
 from worker.storage import Storage
@@ -37,6 +39,25 @@ class Caller:
 LOCAL = "local"
 
 
+class Forbidden(ApiError):
+    """The caller may not do this."""
+
+    code = "forbidden"
+    status = HTTPStatus.FORBIDDEN
+
+
+def may_change(caller: Caller, job: Job) -> None:
+    """Let pass who may change a job.
+
+    Raises:
+        Forbidden: the caller is neither its owner with the scope `submit`, nor an admin.
+    """
+    is_own = caller.owner == job.owner and "submit" in caller.scopes
+    if not (is_own or "admin" in caller.scopes):
+        hint = f"It takes the key that posted it ({job.owner}), or one with the scope admin."
+        raise Forbidden.of("id", job.id, "the job is not yours to change", hint)
+
+
 def _store(request: Request) -> Store:
     store = request.app.state.store
     assert isinstance(store, Store)
@@ -56,9 +77,16 @@ def _caller(request: Request) -> Caller:
     return Caller(LOCAL, frozenset({"read", "submit", "admin"}), request.state.request_id)
 
 
+def _streams(request: Request) -> Streams:
+    streams = request.app.state.streams
+    assert isinstance(streams, Streams)
+    return streams
+
+
 CallerDep = Annotated[Caller, Depends(_caller)]
 StoreDep = Annotated[Store, Depends(_store)]
 StorageDep = Annotated[Storage, Depends(_storage)]
+StreamsDep = Annotated[Streams, Depends(_streams)]
 
 
 def _job(job_id: Annotated[str, Path(alias="id", description="Id of the job.")], store: StoreDep) -> Job:

@@ -18,8 +18,9 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from ncfm_core.errors import NcfmError, Problem, SpecError, StorageError, shorten
-from service.database import StoreError
+from service.database import StoreError, StoreFullError
 from service.jobs import IllegalMove
+from service.store import KeyReused
 
 logger = logging.getLogger("ncfm.api")
 
@@ -102,6 +103,8 @@ class InvalidParameter(ApiError):
 _STATUS: Mapping[type[NcfmError], HTTPStatus] = {
     SpecError: HTTPStatus(422),
     IllegalMove: HTTPStatus.CONFLICT,
+    KeyReused: HTTPStatus(422),
+    StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,
     StoreError: HTTPStatus.SERVICE_UNAVAILABLE,
     StorageError: HTTPStatus.SERVICE_UNAVAILABLE,
 }

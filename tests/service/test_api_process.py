@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from service.api import create_app
+from service.api import create_app, listing
 from service.api.server import AddressError, bind
 from service.database import StoreError
 from service.settings import Settings
@@ -119,8 +119,9 @@ def test_readyz_when_the_database_is_away_is_503_and_livez_is_not(
     def away(*_: object, **__: object) -> None:
         raise StoreError.of("NCFM_DATABASE_URL", "sqlite:///x", "the database cannot be used: disk I/O error")
 
-    for name in ("check_writable", "add", "page"):
+    for name in ("check_writable", "add_once"):
         monkeypatch.setattr(Store, name, away)
+    monkeypatch.setattr(listing, "summaries", away)
     assert client.get("/livez").status_code == 200
     for reply in (client.get("/readyz"), client.get("/jobs"), client.post("/jobs", json=SMALLEST)):
         assert reply.status_code == 503
@@ -133,7 +134,7 @@ def test_bug_when_it_strikes_is_a_problem_without_a_traceback(app: FastAPI, monk
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(Store, "page", broken)
+    monkeypatch.setattr(listing, "summaries", broken)
     reply = caller(app).get("/jobs", headers={"X-Request-ID": "find-me"})
     assert (reply.status_code, reply.json()["code"], reply.json()["request_id"]) == (500, "internal", "find-me")
     assert reply.headers["X-Request-ID"] == "find-me"
