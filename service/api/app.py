@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -9,8 +10,11 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from service.api import artifacts, errors, health, jobs, openapi
+from service.api import artifacts, audit, errors, health, jobs, openapi
+from service.api.auth import Access
 from service.api.guard import Guard
+from service.auditing import Recorder
+from service.keys import KeyRing, Keys
 from service.settings import Settings
 from service.store import Store
 from worker.storage import Storage
@@ -25,17 +29,29 @@ def create_app(settings: Settings) -> FastAPI:
     """
     store, storage = Store(settings.database), Storage(settings.storage_url)
 
+    recorder, draining = Recorder(store), threading.Event()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
+        recorder.close()
         store.close()
 
     app = FastAPI(title="NCFM distillation service", version=version("ncfm"), lifespan=lifespan, redirect_slashes=False)
-    app.state.store, app.state.storage = store, storage
-    for routes in (jobs, artifacts, health):
+    app.state.store, app.state.storage, app.state.draining = store, storage, draining
+    for routes in (jobs, artifacts, audit, health):
         app.include_router(routes.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
-    app.add_middleware(Guard, host=settings.host, allow_remote=settings.allow_remote)
+    app.add_middleware(
+        Access,
+        ring=KeyRing(Keys(store)),
+        mode=settings.auth,
+        host=settings.host,
+        per_minute=settings.rate_limit_per_minute,
+        recorder=recorder,
+        is_draining=draining.is_set,
+    )
+    app.add_middleware(Guard, host=settings.host, public_hosts=settings.public_hosts)
     errors.install(app)
     openapi.install(app)
     return app

@@ -50,6 +50,41 @@ class ForeignRequest(ApiError):
     status = HTTPStatus.FORBIDDEN
 
 
+class Unauthorized(ApiError):
+    """A key is needed here, and none that is good came."""
+
+    code = "unauthorized"
+    status = HTTPStatus.UNAUTHORIZED
+
+
+class Forbidden(ApiError):
+    """The key is good, but not for this."""
+
+    code = "forbidden"
+    status = HTTPStatus.FORBIDDEN
+
+
+class TooManyRequests(ApiError):
+    """More requests than a caller may make."""
+
+    code = "too_many_requests"
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+
+class HeadersTooLarge(ApiError):
+    """More headers, or longer ones, than any client of ours sends."""
+
+    code = "headers_too_large"
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+
+
+class Draining(ApiError):
+    """This process is about to end."""
+
+    code = "draining"
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
 class NotFound(ApiError):
     """There is no such thing."""
 

@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 
 from ncfm_core.submission import resolve
 from service.api.advice import warnings_for
-from service.api.context import CallerDep, JobDep, StorageDep, StoreDep
+from service.api.context import CallerDep, JobDep, StorageDep, StoreDep, may_change
 from service.api.errors import InvalidParameter
 from service.api.models import EventList, JobBody, JobList
 from service.api.openapi import SUBMISSION, problems
@@ -79,6 +79,7 @@ def get_job(job: JobDep) -> JobBody:
 )
 def cancel_job(job: JobDep, store: StoreDep, caller: CallerDep, response: Response) -> JobBody:
     """Ask for the end of a job. It is `cancelled` once its driver is known to be gone."""
+    may_change(caller, job)
     moved = _cancelled(store, job, caller.actor)
     if moved is None:
         response.status_code = 200

@@ -109,13 +109,15 @@ def _create_tables_of_users() -> None:
         sa.Column("expires_at", UtcDateTime),
         sa.Column("revoked_at", UtcDateTime),
         sa.Column("used_at", UtcDateTime),
+        sa.Column("previous_digest", sa.String(64)),
+        sa.Column("previous_until", UtcDateTime),
     )
     op.create_table(
         "uploads",
         sa.Column("id", sa.String(64), primary_key=True),
         sa.Column("owner", sa.String(64), nullable=False),
         sa.Column("name", sa.String(128), nullable=False),
-        sa.Column("size", sa.Integer, nullable=False),
+        sa.Column("size", sa.BigInteger, nullable=False),
         sa.Column("facts", sa.JSON, nullable=False),
         sa.Column("created_at", UtcDateTime, nullable=False),
         sa.Column("deleted_at", UtcDateTime),
