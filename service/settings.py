@@ -34,6 +34,8 @@ class Settings(Surroundings):
     """Key that the command line sends."""
     rate_limit_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 600
     """Requests of one key or address that change something, on average; as many may come at once."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """Of the lines on standard error: `auto` is text on a terminal, else JSON."""
     ray_url: str = "http://127.0.0.1:8265"
     """Ray's dashboard, which serves the Jobs REST API."""
     ray_token_path: Path | None = None

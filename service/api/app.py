@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -10,9 +10,12 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from service.api import artifacts, audit, errors, health, jobs, openapi
+from service.api import artifacts, audit, errors, health, jobs, openapi, prometheus, reference
 from service.api.auth import Access
+from service.api.draining import Draining
 from service.api.guard import Guard
+from service.api.prometheus import Figures
+from service.api.watch import Watch
 from service.auditing import Recorder
 from service.keys import KeyRing, Keys
 from service.settings import Settings
@@ -29,17 +32,28 @@ def create_app(settings: Settings) -> FastAPI:
     """
     store, storage = Store(settings.database), Storage(settings.storage_url)
 
-    recorder, draining = Recorder(store), threading.Event()
+    recorder, figures, draining = Recorder(store), Figures(store), Draining()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(figures.watch_loop())
         yield
+        watching.cancel()
         recorder.close()
         store.close()
 
-    app = FastAPI(title="NCFM distillation service", version=version("ncfm"), lifespan=lifespan, redirect_slashes=False)
-    app.state.store, app.state.storage, app.state.draining = store, storage, draining
-    for routes in (jobs, artifacts, audit, health):
+    app = FastAPI(
+        title="NCFM distillation service",
+        version=version("ncfm"),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        # The framework's own pages take their script from elsewhere: without a way out they stay blank.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.store, app.state.storage = store, storage
+    app.state.figures, app.state.draining = figures, draining
+    for routes in (jobs, artifacts, audit, health, prometheus, reference):
         app.include_router(routes.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(
@@ -49,9 +63,10 @@ def create_app(settings: Settings) -> FastAPI:
         host=settings.host,
         per_minute=settings.rate_limit_per_minute,
         recorder=recorder,
-        is_draining=draining.is_set,
+        is_draining=draining.has_begun,
     )
     app.add_middleware(Guard, host=settings.host, public_hosts=settings.public_hosts)
+    app.add_middleware(Watch, figures=figures, is_draining=draining.has_begun)
     errors.install(app)
     openapi.install(app)
     return app

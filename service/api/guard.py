@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs
 from service.api.errors import ApiError, ForeignRequest, HeadersTooLarge, error_response
 from service.jobs import new_job_id
 
@@ -47,6 +48,7 @@ class Guard:
         is_head = scope["method"] == "HEAD"
         # In place, so that the handler of last resort, which stands outside, finds it too.
         scope.setdefault("state", {}).update(request_id=request_id, is_head=is_head)
+        logs.request_id.set(request_id)
         sending = _Sending(send, request_id, is_head=is_head)
         error = self._refusal(scope["method"], headers)
         if error is not None:

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Protocol
 
 from ncfm_core.errors import NcfmError, StorageError
+from service import logs
 from service.cluster import Capacity, Cluster, ClusterUnreachable, RayJob, SubmissionRefused
 from service.controller.decision import Action, Attempt, Move, Policy, Report, Snapshot, Stop, Submit, Wait
 from service.controller.launch import Launch, Submitter, submission_id
@@ -223,9 +224,7 @@ def main(settings: Settings) -> None:
         StoreError: the database cannot be opened.
         StorageError: the storage root cannot be opened.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # One line for each request to Ray would bury the moves.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.configure(settings.log_format)
     store, storage, cluster = Store(settings.database), Storage(settings.storage_url), Cluster(settings)
     policy = Policy(max_running_jobs=settings.max_running_jobs, max_infra_retries=settings.max_infra_retries)
     controller = Controller(store, storage, cluster, policy=policy, launch=Launch.from_settings(settings))
