@@ -20,7 +20,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, field_validator
+
+from worker.redaction import redact
 
 StageName = Literal["inspect", "teachers", "search", "distill", "evaluate", "publish"]
 STAGES: tuple[StageName, ...] = ("inspect", "teachers", "search", "distill", "evaluate", "publish")
@@ -44,7 +46,12 @@ class ErrorRecord(Record):
     code: str
     """Stable name, such as `invalid_spec` or `internal`."""
     problems: tuple[dict[str, str], ...]
-    """Each with field, value, message and hint (ncfm_core.errors.Problem)."""
+    """Each with field, value, message and hint (ncfm_core.errors.Problem), secrets masked."""
+
+    @field_validator("problems")
+    @classmethod
+    def _without_secrets(cls, problems: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+        return tuple({name: redact(text) for name, text in problem.items()} for problem in problems)
 
 
 class Accuracy(Record):

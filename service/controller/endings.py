@@ -93,7 +93,7 @@ def said(attempt: Attempt) -> dict[str, object]:
     if status is None:
         return {}
     return {
-        "progress": progress_of(status),
+        "progress": progress_of(status, attempt.job.progress),
         "stages": dict(status.stages),
         "mlflow_run_id": status.mlflow_run_id or attempt.job.mlflow_run_id,
         "mlflow_url": status.mlflow_url or attempt.job.mlflow_url,

@@ -8,6 +8,7 @@ import threading
 from types import FrameType
 
 from ncfm_core.errors import NcfmError
+from service import logs
 from service.cluster import Cluster
 from service.controller.crash_points import arm, reached
 from service.controller.decision import Policy
@@ -34,9 +35,7 @@ def main(settings: Settings) -> None:
         StorageError: the storage root cannot be opened.
         UnknownCrashPoint: `crash_at` names no point.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # One line for each request to Ray would bury the moves.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.configure(settings.log_format)
     arm(settings.crash_at)
     store, storage, cluster = Store(settings.database), Storage(settings.storage_url), Cluster(settings)
     tenure = Tenure(store, seconds=settings.lease_seconds)
