@@ -49,17 +49,21 @@ class Connection:
         ClientError: by every method, when the service refuses; it names field, value and way out.
     """
 
-    def __init__(self, url: str, *, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(self, url: str, *, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
         """Open nothing yet.
 
         Args:
             url: of the API, such as http://127.0.0.1:8000.
+            key: of the API (`ncfm_...`), where it asks for one.
             transport: in place of the network.
         """
         self.url = url.rstrip("/")
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
+            raise ClientError.of("NCFM_API_KEY", None, "not a key of the API", "`ncfm keys create` makes one.")
         try:
             self._http = httpx.Client(
                 base_url=self.url,
+                headers={} if key is None else {"Authorization": f"Bearer {key.strip()}"},
                 timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
                 transport=transport,
                 # A proxy cannot see this machine's loopback.

@@ -111,7 +111,7 @@ class Store(Sightings):
         """
         job = job.model_copy(update={"version": 1, "event_seq": 1})
         known = None if key is None else self._known(key)
-        while known is None:
+        if known is None:
             try:
                 with self.writing() as connection:
                     if key is not None:
@@ -125,7 +125,10 @@ class Store(Sightings):
                 if key is None or not isinstance(error.__cause__, IntegrityError):
                     raise
                 known = self._known(key)
-        assert key is not None
+                if known is None:
+                    # Something else was there already: another try would find it again.
+                    raise
+        assert key is not None and known is not None
         if known.fingerprint != key.fingerprint:
             raise KeyReused.of(
                 "Idempotency-Key",
@@ -194,12 +197,10 @@ class Store(Sightings):
         if except_owners:
             query = query.where(jobs.c.owner.not_in(except_owners))
         with self.reading() as connection:
-            rows = [
-                row
-                for condition in (jobs.c.reason != Reason.EXCEEDS_CLUSTER, jobs.c.reason == Reason.EXCEEDS_CLUSTER)
-                for row in connection.execute(query.where(condition))
-            ]
-        return sorted((_job(row) for row in rows), key=lambda job: (job.rank, job.id))
+            exceeds = jobs.c.reason.is_not_distinct_from(Reason.EXCEEDS_CLUSTER)
+            # By id, since a job may change between the two.
+            rows = {row.id: row for each in (~exceeds, exceeds) for row in connection.execute(query.where(each))}
+        return sorted((_job(row) for row in rows.values()), key=lambda job: (job.rank, job.id))
 
     def position(self, job: Job) -> int:
         """How many queued jobs go before this one."""
@@ -244,6 +245,7 @@ class Store(Sightings):
         reason: Reason | None = None,
         message: str = "",
         actor: Actor = CONTROLLER,
+        detail: Mapping[str, JsonValue] | None = None,
         **changes: object,
     ) -> Job | None:
         """Move a job, unless somebody changed it since it was read.
@@ -254,6 +256,7 @@ class Store(Sightings):
             reason: why.
             message: a sentence for a person.
             actor: who moves it.
+            detail: more for the event's data.
             changes: other fields of the job to set in the same transaction.
 
         Returns:
@@ -275,6 +278,7 @@ class Store(Sightings):
             "reason": str(reason) if reason else None,
             "message": message,
             "attempt": moved.attempt,
+            **(detail or {}),
         }
         return self._change(moved, "state", data, at, actor)
 
@@ -354,13 +358,15 @@ def _keep_attempt(connection: Connection, job: Job, at: datetime, fence: int) ->
         connection.execute(
             update(attempts)
             .where(attempts.c.job_id == job.id, attempts.c.number == job.attempt, attempts.c.ended_at.is_(None))
-            .values(ended_at=at, outcome=outcome, reason=job.reason, message=job.message)
+            .values(ended_at=at, outcome=outcome, reason=job.reason, message=_row(job)["message"])
         )
 
 
 def _row(job: Job) -> dict[str, Any]:
     """A job as column values: JSON columns get plain JSON, times stay times."""
-    plain = job.model_dump(mode="json")
+    # PostgreSQL keeps no NUL, and neither engine half a surrogate pair: what a driver says may hold either.
+    message = job.message.encode(errors="replace").decode().replace("\0", "?")
+    plain = job.model_dump(mode="json", exclude={"message"}) | {"message": message}
     derived = {name: getattr(job, name) for name in ("rank", "dataset", "method", "spec_digest")}
     return {
         column.name: derived[column.name]

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Column,
     DateTime,
     Dialect,
@@ -81,6 +82,10 @@ jobs = Table(
     Index("jobs_by_rank", "state", "rank", "id"),
     Index("jobs_by_owner", "owner", "id"),
     Index("jobs_by_publication", "publication", "publish_at"),
+    Index("jobs_by_dataset", "dataset", "id"),
+    Index("jobs_by_method", "method", "id"),
+    Index("jobs_by_end", "finished_at", "id"),
+    Index("jobs_by_count", "deleted_at", "state", "owner"),
 )
 
 attempts = Table(
@@ -131,6 +136,8 @@ api_keys = Table(
     Column("expires_at", UtcDateTime),
     Column("revoked_at", UtcDateTime),
     Column("used_at", UtcDateTime),
+    Column("previous_digest", String(64)),
+    Column("previous_until", UtcDateTime),
 )
 
 uploads = Table(
@@ -139,7 +146,7 @@ uploads = Table(
     Column("id", String(64), primary_key=True),
     Column("owner", String(64), nullable=False),
     Column("name", String(128), nullable=False),
-    Column("size", Integer, nullable=False),
+    Column("size", BigInteger, nullable=False),
     Column("facts", JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("deleted_at", UtcDateTime),

@@ -18,6 +18,7 @@ from service.client import Client
 from service.local.state import Home, StackState
 from service.local.sweep import find, sweep
 from service.replies import Job
+from tests.postgres import Postgres
 from worker.storage import Storage
 
 START_LIMIT_S = 120.0
@@ -47,6 +48,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def is_long(request: pytest.FixtureRequest) -> bool:
     """Whether everything is repeated as often as a release asks for."""
     return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server that all tests share; those that kill one start their own."""
+    server = Postgres()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database, on each engine."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/deep/er/ncfm.db"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.create_database()
 
 
 @pytest.fixture(scope="session")

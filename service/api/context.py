@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from http import HTTPStatus
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import Depends, Path, Request
 
 from ncfm_core.errors import Problem, shorten
-from service.api.errors import ApiError, NotFound
+from service.api.errors import Forbidden, NotFound
 from service.api.streams import Streams
 from service.jobs import Job
+from service.scopes import Scope
 from service.store import Actor, Store
 from worker.storage import Storage
 
 _JOB_ID = re.compile(r"[0-9a-z]{26}")
-
-Scope = Literal["read", "submit", "admin"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +28,8 @@ class Caller:
     scopes: frozenset[Scope]
     """`read` looks, `submit` also posts and changes what is its own, `admin` changes everything."""
     request_id: str = ""
+    address: str = ""
+    """Where the request came from."""
 
     @property
     def actor(self) -> Actor:
@@ -37,25 +37,6 @@ class Caller:
 
 
 LOCAL = "local"
-
-
-class Forbidden(ApiError):
-    """The caller may not do this."""
-
-    code = "forbidden"
-    status = HTTPStatus.FORBIDDEN
-
-
-def may_change(caller: Caller, job: Job) -> None:
-    """Let pass who may change a job.
-
-    Raises:
-        Forbidden: the caller is neither its owner with the scope `submit`, nor an admin.
-    """
-    is_own = caller.owner == job.owner and "submit" in caller.scopes
-    if not (is_own or "admin" in caller.scopes):
-        hint = f"It takes the key that posted it ({job.owner}), or one with the scope admin."
-        raise Forbidden.of("id", job.id, "the job is not yours to change", hint)
 
 
 def _store(request: Request) -> Store:
@@ -87,6 +68,46 @@ CallerDep = Annotated[Caller, Depends(_caller)]
 StoreDep = Annotated[Store, Depends(_store)]
 StorageDep = Annotated[Storage, Depends(_storage)]
 StreamsDep = Annotated[Streams, Depends(_streams)]
+
+
+def may_change(caller: Caller, job: Job) -> None:
+    """Let a caller change a job: its own one with `submit`, any one with `admin`.
+
+    Raises:
+        Forbidden: the job is somebody else's, or the caller may only look.
+    """
+    check_owner(caller, job.owner, f"job {job.id}")
+
+
+def check_owner(caller: Caller, owner: str, what: str) -> None:
+    """Let a caller change what an owner has.
+
+    Raises:
+        Forbidden: it is somebody else's, or the caller may only look.
+    """
+    if "admin" not in caller.scopes:
+        need_scope(caller, "submit")
+        if owner != caller.owner:
+            hint = "Use the owner's key, or one with scope admin."
+            raise Forbidden.of("Authorization", caller.actor.name, f"{what} belongs to another key", hint)
+
+
+def need_scope(caller: Caller, scope: Scope) -> None:
+    """
+    Raises:
+        Forbidden: the caller lacks the scope.
+    """
+    if scope not in caller.scopes:
+        hint = f"Use a key with it: `ncfm keys create --scope {scope}`."
+        raise Forbidden.of("Authorization", caller.actor.name, f"this needs the scope {scope}", hint)
+
+
+def _admin(caller: CallerDep) -> Caller:
+    need_scope(caller, "admin")
+    return caller
+
+
+AdminDep = Annotated[Caller, Depends(_admin)]
 
 
 def _job(job_id: Annotated[str, Path(alias="id", description="Id of the job.")], store: StoreDep) -> Job:

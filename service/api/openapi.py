@@ -46,7 +46,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     schema = {"$ref": "#/components/schemas/ProblemDocument"}
     return {
         status: {"description": "Problem", "content": {"application/problem+json": {"schema": schema}}}
-        for status in (*statuses, 403, 500)
+        for status in (*statuses, 401, 403, 429, 431, 500)
     }
 
 
@@ -66,7 +66,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes, tags=app.openapi_tags
     )
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    components = document.setdefault("components", {})
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "bearerFormat": "ncfm_<id>_<secret>"}}
+    # Either a key or none: where no key exists yet, none is needed on this machine.
+    document["security"] = [{"key": []}, {}]
+    schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     template = "#/components/schemas/{model}"

@@ -48,9 +48,11 @@ def connect(url: str | None) -> Client:
     Raises:
         ServiceAway: none is named and no stack runs.
     """
+    settings = load_settings()
+    key = settings.api_key.get_secret_value() if settings.api_key else None
     if url:
-        return Client(url)
-    home = Home(load_settings().home)
+        return Client(url, key=key)
+    home = Home(settings.home)
     found = home.status().api
     if found is None:
         raise ServiceAway.of(
@@ -59,7 +61,7 @@ def connect(url: str | None) -> Client:
             "no stack runs here",
             "Start one with `ncfm up`, or name a service with --url.",
         )
-    return Client(found)
+    return Client(found, key=key)
 
 
 def submit(
