@@ -72,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.store, app.state.storage = store, storage
     app.state.streams = Streams(store, storage)
+    draining.on_begin(app.state.streams.close_all)
     app.state.figures, app.state.draining = figures, draining
     for routes in (jobs, forecast, listing, following, changes, reruns, metrics_series):
         app.include_router(routes.router)
