@@ -17,7 +17,7 @@ from pydantic import JsonValue
 
 from ncfm_core.coresets import coreset
 from ncfm_core.coresets import random_real as draw_random_real
-from ncfm_core.datasets import Dataset, load_dataset
+from ncfm_core.datasets import Dataset
 from ncfm_core.distill import Distillation
 from ncfm_core.evaluate import evaluate
 from ncfm_core.pools import TeacherTraining
@@ -34,6 +34,7 @@ from ncfm_core.spec import (
 )
 from ncfm_core.synthetic import to_state
 from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool, read_synthetic
+from worker.data import load
 from worker.evidence import Evidence
 from worker.export import ZIP_DATE, data_card, export_files, png
 from worker.history import History, Notice, Picture, Stage
@@ -59,7 +60,7 @@ def inspect(spec: DatasetSpec, access: DataAccess, *, held_out: tuple[float, int
         access: where they are.
         held_out: fraction and seed of the search's split.
     """
-    dataset = load_dataset(spec, **access)
+    dataset = load(spec, access)
     facts = DataFacts(
         digest=dataset.digest,
         held_out_digest=dataset.hold_out(held_out[0], seed=held_out[1]).digest if held_out else None,

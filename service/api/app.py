@@ -10,16 +10,18 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from service.api import artifacts, audit, errors, health, jobs, openapi, prometheus, reference
+from service.api import artifacts, audit, errors, health, jobs, openapi, prometheus, reference, uploads
 from service.api.auth import Access
 from service.api.draining import Draining
 from service.api.guard import Guard
 from service.api.prometheus import Figures
+from service.api.sources import Sources
 from service.api.watch import Watch
 from service.auditing import Recorder
 from service.keys import KeyRing, Keys
 from service.settings import Settings
 from service.store import Store
+from service.uploads import Uploads
 from worker.storage import Storage
 
 
@@ -53,7 +55,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.store, app.state.storage = store, storage
     app.state.figures, app.state.draining = figures, draining
-    for routes in (jobs, artifacts, audit, health, prometheus, reference):
+    app.state.taking = uploads.Taking(settings.max_upload_bytes)
+    app.state.sources = Sources(settings, Uploads(store, storage))
+    for routes in (jobs, artifacts, audit, uploads, health, prometheus, reference):
         app.include_router(routes.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(

@@ -17,6 +17,7 @@ from service.api.context import CallerDep, JobDep, StorageDep, StoreDep, may_cha
 from service.api.errors import InvalidParameter
 from service.api.models import EventList, JobBody, JobList
 from service.api.openapi import SUBMISSION, problems
+from service.api.sources import SourcesDep
 from service.api.submission import SubmissionDep
 from service.jobs import Job, Reason, State, cancel_move, new_job_id
 from service.store import Actor, Filter, Store
@@ -30,8 +31,11 @@ Limit = Annotated[int, Query(ge=1, le=200, description="Most items of the page."
 @router.post(
     "/jobs", status_code=201, responses=problems(400, 413, 415, 422, 503), openapi_extra=SUBMISSION, summary="Submit"
 )
-def submit_job(document: SubmissionDep, store: StoreDep, caller: CallerDep, response: Response) -> JobBody:
+def submit_job(
+    document: SubmissionDep, store: StoreDep, caller: CallerDep, sources: SourcesDep, response: Response
+) -> JobBody:
     """Keep a new job. Everything left out is filled in from the preset, now and for good."""
+    sources.check(document)
     spec = resolve(document)
     job = store.add(
         Job(
