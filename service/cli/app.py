@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ncfm_core.errors import NcfmError, SpecError
-from service.cli import jobs, keys
+from service.cli import datasets, jobs, keys
 from service.cli.bench import bench
 from service.cli.demo import demo
 from service.cli.terminal import as_json, messages, results
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 jobs.register(app)
 app.add_typer(keys.app, name="keys")
+app.add_typer(datasets.app, name="datasets")
 app.command()(demo)
 # What comes after `bench`, --help too, is for the process that it starts.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import socket
+import sys
 import tarfile
 import threading
 import time
@@ -21,6 +23,7 @@ from starlette.testclient import TestClient
 
 from service.api import create_app
 from service.api import uploads as routes
+from service.cli import app as cli
 from service.jobs import State
 from service.keys import Keys
 from service.settings import Settings
@@ -346,3 +349,33 @@ def test_roots_of_data_when_others_reach_the_api_are_the_data_folder(tmp_path: P
         with TestClient(app, base_url="http://127.0.0.1", headers={"Authorization": f"Bearer {token}"}) as client:
             dataset = {"name": "imagefolder", "uri": "/elsewhere/birds.tar", "image_size": 8}
             assert client.post("/jobs", json={"dataset": dataset, "ipc": 1, "preset": "quick"}).status_code == status
+
+
+def test_datasets_command_uploads_lists_and_removes(
+    client: httpx.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NCFM_URL", str(client.base_url))
+    monkeypatch.setenv("NCFM_HOME", str(tmp_path))
+
+    def ncfm(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["ncfm", "datasets", *arguments])
+        try:
+            cli.main()
+        except SystemExit as left:
+            return left.code if isinstance(left.code, int) else 0
+        return 0
+
+    file = tmp_path / "pets.zip"
+    file.write_bytes(archive(20))
+    assert ncfm("upload", str(file), "--json") == 0
+    sent = json.loads(capsys.readouterr().out)
+    assert (sent["id"], sent["name"], sent["smallest_class"]) == (sha256(archive(20)), "pets.zip", 4)
+    assert ncfm("upload", str(file)) == 0
+    assert capsys.readouterr().out.strip() == f"upload:{sent['id']}"
+    assert ncfm("list", "--limit", "200") == 0
+    assert "pets.zip" in capsys.readouterr().out
+    assert ncfm("remove", sent["id"]) == 0
+    assert ncfm("remove", sent["id"]) == cli.EXIT_BAD_INPUT
+    for wrong in (tmp_path / "pets.rar", tmp_path / "none.zip"):
+        assert ncfm("upload", str(wrong)) == cli.EXIT_BAD_INPUT
+    assert "no such upload" in capsys.readouterr().err
