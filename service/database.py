@@ -51,8 +51,7 @@ class Database:
         """
         self.engine = _open_engine(url)
         self._writer = self.engine.execution_options(ncfm_write=True)
-        with self.reading() as connection:
-            found = revision_of(connection)
+        found = self.revision()
         if found is None:
             self.upgrade()
         elif found != SCHEMA:
@@ -69,6 +68,30 @@ class Database:
     def shown_url(self) -> str:
         """The URL without its password."""
         return self.engine.url.render_as_string(hide_password=True)
+
+    def revision(self) -> str | None:
+        """The schema that it has; None where it is empty."""
+        with self.reading() as connection:
+            return revision_of(connection)
+
+    def copy_beside(self, mark: str) -> str:
+        """Copy a SQLite file to one beside it with a mark in its name, and return that; empty where there is no file.
+
+        A copy that is there already is from an upgrade that broke off: it stays.
+        """
+        file = self.engine.url.database
+        if self.engine.dialect.name != "sqlite" or file is None:
+            return ""
+        target = Path(f"{file}.{mark}")
+        if not target.exists():
+            with self._translated():
+                raw = self.engine.raw_connection()
+                try:
+                    # Below SQLAlchemy, which would begin a transaction first.
+                    raw.cursor().execute("VACUUM INTO ?", (str(target),))
+                finally:
+                    raw.close()
+        return str(target)
 
     def upgrade(self) -> tuple[str | None, str]:
         """Bring it to this release's schema; the revisions before and after."""

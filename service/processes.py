@@ -50,8 +50,8 @@ class Layout:
     ray_tmpdir: str | None = None
     num_cpus: int | None = None
     """CPUs that Ray may give away; None for all."""
-    allow_remote: bool = False
-    """Whether the API may bind to an address that others reach."""
+    public_hosts: tuple[str, ...] = ()
+    """Names by which the API may be called beside this machine's."""
 
 
 def commands(layout: Layout) -> dict[ProcessName, tuple[str, ...]]:
@@ -118,8 +118,8 @@ def environments(layout: Layout) -> dict[ProcessName, Mapping[str, str]]:
     if layout.ray_tmpdir is not None:
         ray["RAY_TMPDIR"] = layout.ray_tmpdir
     api = service | {"NCFM_HOST": layout.bind, "NCFM_PORT": str(layout.api_port)}
-    if layout.allow_remote:
-        api["NCFM_ALLOW_REMOTE"] = "true"
+    if layout.public_hosts:
+        api["NCFM_PUBLIC_HOSTS"] = ",".join(layout.public_hosts)
     return {
         # Left on, it starts a runner and seven consumers: over a GiB for jobs that are not ours.
         "mlflow": {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},

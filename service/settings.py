@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import NoDecode
 
 from ncfm_core.errors import NcfmError, Problem, shorten
 from worker.settings import Surroundings
 
 Days = Annotated[float, Field(ge=0, le=100_000)]
+
+
+def _listed(value: object) -> object:
+    """Text with commas as its parts."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class Settings(Surroundings):
@@ -22,8 +28,16 @@ class Settings(Surroundings):
     """Address the API binds to."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     """Port of the API; 0 for a free one (embedded stack only)."""
-    allow_remote: bool = False
-    """Whether the API may bind to an address that others reach: it knows no users yet, so whoever reaches it may use it."""
+    public_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = ()
+    """Names by which the API may be called beside this machine's and the one it is bound to; `*` for any."""
+    auth: Literal["auto", "required", "off"] = "auto"
+    """Whether callers need a key: `auto` where others reach the API, and on loopback once there is a key at all."""
+    api_key: SecretStr | None = None
+    """Key that the command line sends."""
+    rate_limit_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 600
+    """Requests of one key or address that change something, on average; as many may come at once."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """Of the lines on standard error: `auto` is text on a terminal, else JSON."""
     ray_url: str = "http://127.0.0.1:8265"
     """Ray's dashboard, which serves the Jobs REST API."""
     ray_token_path: Path | None = None
@@ -34,10 +48,18 @@ class Settings(Surroundings):
     """The interpreter of a driver, as found on the cluster's nodes."""
     max_running_jobs: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Jobs on the cluster at once, at most."""
+    max_running_per_owner: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """The same for the jobs of one owner; none for no such limit."""
     max_infra_retries: Annotated[int, Field(ge=0, le=1000)] = 10
     """New attempts after losses that are not the user's fault."""
+    max_error_retries: Annotated[int, Field(ge=0, le=1000)] = 3
+    """New attempts after errors of the attempt itself that may pass."""
     poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5
     """Pause between two rounds of the controller."""
+    lease_seconds: Annotated[float, Field(ge=0.5, le=3600)] = 15.0
+    """Without a sign from the active controller for this long, another one takes over."""
+    crash_at: str = ""
+    """For tests alone: the point at which the controller ends itself as kill -9 would (service/controller/crash_points.py)."""
     keep_events_days: Days = 30
     """Events of a job that has ended, other than the last ones."""
     keep_deleted_days: Days = 7

@@ -175,7 +175,7 @@ class Store(Sightings):
             wanted: which jobs.
             order: which end comes first.
         """
-        query = _filtered(select(jobs), wanted or Filter()).limit(limit)
+        query = filtered(select(jobs), wanted or Filter()).limit(limit)
         query = query.order_by(jobs.c.id.desc() if order == "newest" else jobs.c.id)
         if before is not None:
             query = query.where(jobs.c.id < before)
@@ -245,6 +245,7 @@ class Store(Sightings):
         reason: Reason | None = None,
         message: str = "",
         actor: Actor = CONTROLLER,
+        detail: Mapping[str, JsonValue] | None = None,
         **changes: object,
     ) -> Job | None:
         """Move a job, unless somebody changed it since it was read.
@@ -255,6 +256,7 @@ class Store(Sightings):
             reason: why.
             message: a sentence for a person.
             actor: who moves it.
+            detail: more for the event's data.
             changes: other fields of the job to set in the same transaction.
 
         Returns:
@@ -276,6 +278,7 @@ class Store(Sightings):
             "reason": str(reason) if reason else None,
             "message": message,
             "attempt": moved.attempt,
+            **(detail or {}),
         }
         return self._change(moved, "state", data, at, actor)
 
@@ -327,7 +330,8 @@ class Store(Sightings):
         return changed
 
 
-def _filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
+def filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
+    """A query of jobs, narrowed to the wanted ones that are not deleted."""
     query = query.where(jobs.c.deleted_at.is_(None))
     if wanted.states:
         query = query.where(jobs.c.state.in_(wanted.states))

@@ -136,6 +136,8 @@ api_keys = Table(
     Column("expires_at", UtcDateTime),
     Column("revoked_at", UtcDateTime),
     Column("used_at", UtcDateTime),
+    Column("previous_digest", String(64)),
+    Column("previous_until", UtcDateTime),
 )
 
 uploads = Table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -9,8 +10,32 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from service.api import artifacts, errors, health, jobs, openapi
+from service.api import (
+    artifacts,
+    audit,
+    capabilities,
+    changes,
+    cluster_view,
+    errors,
+    following,
+    forecast,
+    health,
+    jobs,
+    listing,
+    metrics_series,
+    openapi,
+    prometheus,
+    reference,
+    reruns,
+)
+from service.api.auth import Access
+from service.api.draining import Draining
 from service.api.guard import Guard
+from service.api.prometheus import Figures
+from service.api.streams import Streams
+from service.api.watch import Watch
+from service.auditing import Recorder
+from service.keys import KeyRing, Keys
 from service.settings import Settings
 from service.store import Store
 from worker.storage import Storage
@@ -25,17 +50,45 @@ def create_app(settings: Settings) -> FastAPI:
     """
     store, storage = Store(settings.database), Storage(settings.storage_url)
 
+    recorder, figures, draining = Recorder(store), Figures(store), Draining()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(figures.watch_loop())
         yield
+        app.state.streams.shut()
+        watching.cancel()
+        recorder.close()
         store.close()
 
-    app = FastAPI(title="NCFM distillation service", version=version("ncfm"), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="NCFM distillation service",
+        version=version("ncfm"),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        # The framework's own pages take their script from elsewhere: without a way out they stay blank.
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.store, app.state.storage = store, storage
-    for routes in (jobs, artifacts, health):
+    app.state.streams = Streams(store, storage)
+    app.state.figures, app.state.draining = figures, draining
+    for routes in (jobs, forecast, listing, following, changes, reruns, metrics_series):
+        app.include_router(routes.router)
+    for routes in (artifacts, capabilities, cluster_view, audit, health, prometheus, reference):
         app.include_router(routes.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
-    app.add_middleware(Guard, host=settings.host, allow_remote=settings.allow_remote)
+    app.add_middleware(
+        Access,
+        ring=KeyRing(Keys(store)),
+        mode=settings.auth,
+        host=settings.host,
+        per_minute=settings.rate_limit_per_minute,
+        recorder=recorder,
+        is_draining=draining.has_begun,
+    )
+    app.add_middleware(Guard, host=settings.host, public_hosts=settings.public_hosts)
+    app.add_middleware(Watch, figures=figures, is_draining=draining.has_begun)
     errors.install(app)
     openapi.install(app)
     return app

@@ -18,8 +18,10 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from ncfm_core.errors import NcfmError, Problem, SpecError, StorageError, shorten
-from service.database import StoreError
+from service.database import StoreError, StoreFullError
 from service.jobs import IllegalMove
+from service.store import KeyReused
+from worker.redaction import redact
 
 logger = logging.getLogger("ncfm.api")
 
@@ -48,6 +50,41 @@ class ForeignRequest(ApiError):
 
     code = "foreign_request"
     status = HTTPStatus.FORBIDDEN
+
+
+class Unauthorized(ApiError):
+    """A key is needed here, and none that is good came."""
+
+    code = "unauthorized"
+    status = HTTPStatus.UNAUTHORIZED
+
+
+class Forbidden(ApiError):
+    """The key is good, but not for this."""
+
+    code = "forbidden"
+    status = HTTPStatus.FORBIDDEN
+
+
+class TooManyRequests(ApiError):
+    """More requests than a caller may make."""
+
+    code = "too_many_requests"
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+
+class HeadersTooLarge(ApiError):
+    """More headers, or longer ones, than any client of ours sends."""
+
+    code = "headers_too_large"
+    status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+
+
+class Draining(ApiError):
+    """This process is about to end."""
+
+    code = "draining"
+    status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 class NotFound(ApiError):
@@ -102,6 +139,8 @@ class InvalidParameter(ApiError):
 _STATUS: Mapping[type[NcfmError], HTTPStatus] = {
     SpecError: HTTPStatus(422),
     IllegalMove: HTTPStatus.CONFLICT,
+    KeyReused: HTTPStatus(422),
+    StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,
     StoreError: HTTPStatus.SERVICE_UNAVAILABLE,
     StorageError: HTTPStatus.SERVICE_UNAVAILABLE,
 }
@@ -152,13 +191,13 @@ def problem_response(
 ) -> Response:
     """A problem document as a response."""
     request_id = scope.get("state", {}).get("request_id", "")
-    problems = [replace(problem, field=problem.field[:MAX_FIELD_CHARS]) for problem in problems[:MAX_ERRORS]]
+    problems = [_public(problem) for problem in problems[:MAX_ERRORS]]
     document = ProblemDocument(
         type=f"urn:ncfm:problem:{code}",
         title=status.phrase,
         status=status,
         detail="\n".join(str(problem) for problem in problems),
-        instance=scope["path"],
+        instance=redact(scope["path"]),
         code=code,
         request_id=request_id,
         errors=[ProblemItem(**problem.as_dict()) for problem in problems],
@@ -172,12 +211,20 @@ def problem_response(
     )
 
 
+def _public(problem: Problem) -> Problem:
+    """A problem as anybody may read it."""
+    field, value = redact(problem.field[:MAX_FIELD_CHARS]), redact(problem.value)
+    return replace(problem, field=field, value=value, message=redact(problem.message), hint=redact(problem.hint))
+
+
 def error_response(scope: Scope, error: NcfmError) -> Response:
     """An error of ours as a response."""
-    if isinstance(error, ApiError):
-        return problem_response(scope, error.status, error.code, error.problems, headers=error.headers)
     status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), HTTPStatus(500))
-    headers = {"Retry-After": "2"} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    headers: Mapping[str, str] = {}
+    if isinstance(error, ApiError):
+        status, headers = error.status, error.headers
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers = {"Retry-After": "2", **headers}
     return problem_response(scope, status, error.code, error.problems, headers=headers)
 
 

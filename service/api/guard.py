@@ -1,38 +1,42 @@
 """What every request passes first: a request id, and the checks that keep web pages of other sites out.
 
-There are no users yet, so a browser on this machine must not be a way in. A page elsewhere can send a form or a simple POST
-here (told by Origin and Sec-Fetch-Site), or have its own name resolve to 127.0.0.1 (told by Host).
+On this machine no key is needed before there is one, so a browser must not be a way in. A page elsewhere can send a form or a
+simple POST here (told by Origin and Sec-Fetch-Site), or have its own name resolve to 127.0.0.1 (told by Host).
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import ForeignRequest, error_response
+from service import logs
+from service.api.errors import ApiError, ForeignRequest, HeadersTooLarge, error_response
 from service.jobs import new_job_id
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 32 * 1024
+"""Of all headers of a request together."""
 
 
 class Guard:
     """ASGI middleware around the whole API."""
 
-    def __init__(self, app: ASGIApp, *, host: str, allow_remote: bool) -> None:
+    def __init__(self, app: ASGIApp, *, host: str, public_hosts: Collection[str]) -> None:
         """
         Args:
             app: what is guarded.
             host: the address the API is bound to, which is a name of ours too.
-            allow_remote: whether it may be called by any name.
+            public_hosts: further names by which it may be called; `*` for any.
         """
         self.app = app
-        self._host = host.lower()
-        self._allow_remote = allow_remote
+        self._names = {"localhost", host.lower(), *(name.lower() for name in public_hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,6 +48,7 @@ class Guard:
         is_head = scope["method"] == "HEAD"
         # In place, so that the handler of last resort, which stands outside, finds it too.
         scope.setdefault("state", {}).update(request_id=request_id, is_head=is_head)
+        logs.request_id.set(request_id)
         sending = _Sending(send, request_id, is_head=is_head)
         error = self._refusal(scope["method"], headers)
         if error is not None:
@@ -51,15 +56,24 @@ class Guard:
             return
         if is_head:
             # Whatever answers GET answers HEAD: the routes see GET, the body stays here.
-            scope = {**scope, "method": "GET"}
+            outer, scope = scope, {**scope, "method": "GET"}
+            try:
+                await self.app(scope, receive, sending)
+            finally:
+                outer["route"] = scope.get("route")
+            return
         await self.app(scope, receive, sending)
 
-    def _refusal(self, method: str, headers: Headers) -> ForeignRequest | None:
+    def _refusal(self, method: str, headers: Headers) -> ApiError | None:
+        size = sum(len(name) + len(value) for name, value in headers.raw)
+        if len(headers.raw) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            message = f"more than {MAX_HEADERS} headers, or {MAX_HEADER_BYTES} bytes of them"
+            return HeadersTooLarge.of("headers", f"{len(headers.raw)}, {size} bytes", message, "Send fewer.")
         host = headers.get("host", "")
-        if not self._allow_remote and not self._is_ours(host):
-            hint = "Use 127.0.0.1 or localhost, or set NCFM_ALLOW_REMOTE=true."
+        if not self._is_ours(host):
+            hint = "Use 127.0.0.1 or localhost, or add the name to NCFM_PUBLIC_HOSTS."
             return ForeignRequest.of("Host", host, "not a name of this service", hint)
-        if method in _SAFE_METHODS:
+        if method in SAFE_METHODS:
             return None
         site = headers.get("sec-fetch-site", "none")
         if site not in ("none", "same-origin"):
@@ -74,7 +88,7 @@ class Guard:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             return False
-        return name in ("localhost", self._host) or is_loopback(name)
+        return name in self._names or "*" in self._names or is_loopback(name)
 
 
 def is_loopback(address: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from service.api.context import StoreDep
+from service.api.errors import Draining
 from service.api.models import Health
 from service.api.openapi import problems
 from service.store import Sighting
@@ -25,8 +26,13 @@ async def livez() -> Health:
 
 
 @router.get("/readyz", responses=problems(503), summary="Can take work")
-def readyz(store: StoreDep) -> Health:
-    """503 where the database takes no writes. Ray and MLflow, as the controller saw them, only degrade: jobs wait for them."""
+def readyz(store: StoreDep, request: Request) -> Health:
+    """503 where the database takes no writes, or the process is about to end.
+
+    Ray and MLflow, as the controller saw them, only degrade: jobs wait for them.
+    """
+    if request.app.state.draining.has_begun():
+        raise Draining.of("", None, "this process ends and takes nothing new", "Ask another one.")
     store.check_writable()
     checks = {"database": "ok"} | _seen(store.sighting())
     return Health(status="ok" if set(checks.values()) == {"ok"} else "degraded", checks=checks)

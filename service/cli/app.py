@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ncfm_core.errors import NcfmError, SpecError
-from service.cli import jobs, upkeep
+from service.cli import jobs, keys, upkeep
 from service.cli.bench import bench
 from service.cli.db import db
 from service.cli.demo import demo
@@ -17,9 +17,10 @@ from service.cli.terminal import as_json, messages, results
 from service.client import ClientError, ServiceAway
 from service.local.stack import Wishes, run_stack
 from service.local.state import Home, StackState
+from service.scopes import KeyProblem
 from service.settings import SettingsError, load_settings
 
-BAD_INPUT = (ClientError, SettingsError, SpecError)
+BAD_INPUT = (ClientError, KeyProblem, SettingsError, SpecError)
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_AWAY, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app = typer.Typer(
 jobs.register(app)
 upkeep.register(app)
 app.add_typer(db, name="db")
+app.add_typer(keys.app, name="keys")
 app.command()(demo)
 # What comes after `bench`, --help too, is for the process that it starts.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)

@@ -21,7 +21,7 @@ from pydantic import JsonValue
 
 from ncfm_core.errors import NcfmError
 from ncfm_core.submission import resolve
-from service.cli.jobs import AsJson, accuracy_table, follow
+from service.cli.jobs import AsJson, accuracy_table, connect, follow
 from service.cli.terminal import as_json, messages, results
 from service.client import Client
 from service.local.state import Home, StackError, StackStatus
@@ -61,7 +61,7 @@ def demo(
     resolve(document)
     _check_writable(dest)
     try:
-        with _ending_on_signals(), _stack() as stack, Client(stack.api) as client:
+        with _ending_on_signals(), _stack() as stack, connect(stack.api) as client:
             _run(client, stack, document, dest=dest, keep=keep, json=json)
     finally:
         # Only where nothing came of it: a folder with anything in it stays.

@@ -13,11 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from service.cluster import Cluster
+from service.database import open_unchecked
 from service.local import ports, probes
 from service.local.state import Home, StackError, StackState
 from service.local.supervisor import Child, Say, Supervisor
 from service.local.sweep import sweep
 from service.processes import PROCESSES, Layout, ProcessName, RayPorts, commands, environments
+from service.schema import SCHEMA
 from service.settings import Settings
 
 LOOPBACK = "127.0.0.1"
@@ -67,6 +69,7 @@ def run_stack(
         before = home.read()
         if before is not None:
             _sweep_stale(before, say)
+        _upgrade_database(settings.database, say)
         chosen = _choose_ports(wishes, before.ports if before else {})
         ray_tmpdir = _make_ray_tmpdir()
         token = home.write_secret("ray.token", secrets.token_hex(32))
@@ -85,6 +88,22 @@ def _sweep_stale(state: StackState, say: Say) -> None:
     shutil.rmtree(state.ray_tmpdir, ignore_errors=True)
     if left:
         say(f"ended {left} processes that an earlier stack had left behind")
+
+
+def _upgrade_database(url: str, say: Say) -> None:
+    """Bring the database of an older release to this one's schema: nobody else uses it, and a copy of it stays."""
+    database = open_unchecked(url)
+    try:
+        found = database.revision()
+        if found is None or found >= SCHEMA:
+            return
+        kept = database.copy_beside(found)
+        database.upgrade()
+        say(
+            f"the database has been brought from schema {found} to {SCHEMA}{kept and f'; the old one is kept as {kept}'}"
+        )
+    finally:
+        database.close()
 
 
 def _choose_ports(wishes: Wishes, before: dict[str, int]) -> dict[str, int]:

@@ -11,9 +11,10 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from service.api import create_app
-from service.api.server import AddressError, bind
+from service.api import create_app, listing
+from service.api.server import AddressError, bind, check_reach
 from service.database import StoreError
+from service.keys import Keys
 from service.settings import Settings
 from service.store import Store
 
@@ -77,13 +78,25 @@ def test_process_when_told_to_end_ends_cleanly(tmp_path: Path, process: str) -> 
     assert "Traceback" not in said
 
 
-def test_bind_when_others_could_reach_it_needs_leave(tmp_path: Path) -> None:
+def test_bind_when_others_could_reach_it_needs_a_key(tmp_path: Path) -> None:
+    store = Store(Settings(home=tmp_path).database)
+    keys = Keys(store)
     for host in ("0.0.0.0", "::", "10.1.2.3", "example.com"):
-        with pytest.raises(AddressError, match="NCFM_ALLOW_REMOTE=true") as caught:
-            bind(Settings(home=tmp_path, host=host))
+        with pytest.raises(AddressError, match="ncfm keys create") as caught:
+            check_reach(Settings(home=tmp_path, host=host), keys)
         assert caught.value.problems[0].field == "NCFM_HOST"
-    with bind(Settings(home=tmp_path, host="0.0.0.0", port=0, allow_remote=True)) as listener:
-        assert listener.getsockname()[0] == "0.0.0.0"
+    check_reach(Settings(home=tmp_path, host="localhost"), keys)
+    key, _ = keys.create("me", "admin", expires_at=None)
+    check_reach(Settings(home=tmp_path, host="0.0.0.0"), keys)
+    with pytest.raises(AddressError, match="NCFM_AUTH is off"):
+        check_reach(Settings(home=tmp_path, host="0.0.0.0", auth="off"), keys)
+    keys.revoke(key.id)
+    with pytest.raises(AddressError, match="there is no key"):
+        check_reach(Settings(home=tmp_path, host="0.0.0.0"), keys)
+    store.close()
+
+
+def test_bind_when_localhost_is_named_is_on_loopback(tmp_path: Path) -> None:
     with bind(Settings(home=tmp_path, host="localhost", port=0)) as listener:
         assert listener.getsockname()[1] > 0
 
@@ -96,10 +109,13 @@ def test_bind_when_the_port_is_taken_says_so(tmp_path: Path) -> None:
     assert "in use" in problem.message
 
 
-def test_host_when_remote_callers_are_allowed_may_be_any_name(tmp_path: Path) -> None:
-    app = create_app(Settings(home=tmp_path, host="0.0.0.0", allow_remote=True))
+def test_host_when_it_is_public_may_be_called_with_a_key(tmp_path: Path) -> None:
+    app = create_app(Settings(home=tmp_path, host="0.0.0.0", public_hosts=("api.cluster.local",)))
+    _, token = Keys(app.state.store).create("me", "submit", expires_at=None)
     client = caller(app, "api.cluster.local")
+    client.headers["Authorization"] = f"Bearer {token}"
     assert client.get("/livez").status_code == 200
+    assert client.get("/livez", headers={"Host": "other.cluster.local"}).status_code == 403
     origin = {"Origin": "http://evil.example"}
     assert client.post("/jobs", json=SMALLEST, headers=origin).status_code == 403
     assert client.post("/jobs", json=SMALLEST, headers={"Origin": "http://api.cluster.local"}).status_code == 201
@@ -119,8 +135,9 @@ def test_readyz_when_the_database_is_away_is_503_and_livez_is_not(
     def away(*_: object, **__: object) -> None:
         raise StoreError.of("NCFM_DATABASE_URL", "sqlite:///x", "the database cannot be used: disk I/O error")
 
-    for name in ("check_writable", "add", "page"):
+    for name in ("check_writable", "add_once"):
         monkeypatch.setattr(Store, name, away)
+    monkeypatch.setattr(listing, "summaries", away)
     assert client.get("/livez").status_code == 200
     for reply in (client.get("/readyz"), client.get("/jobs"), client.post("/jobs", json=SMALLEST)):
         assert reply.status_code == 503
@@ -133,7 +150,7 @@ def test_bug_when_it_strikes_is_a_problem_without_a_traceback(app: FastAPI, monk
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(Store, "page", broken)
+    monkeypatch.setattr(listing, "summaries", broken)
     reply = caller(app).get("/jobs", headers={"X-Request-ID": "find-me"})
     assert (reply.status_code, reply.json()["code"], reply.json()["request_id"]) == (500, "internal", "find-me")
     assert reply.headers["X-Request-ID"] == "find-me"

@@ -31,7 +31,7 @@ CONTAINERS = Layout(
     storage="/var/lib/ncfm/storage",
     data_dir="/var/lib/ncfm/data",
     mlflow_dir="/var/lib/mlflow",
-    allow_remote=True,
+    public_hosts=("api",),
 )
 
 

@@ -39,7 +39,7 @@ def test_ports_reach_the_commands_when_laid_out(layout: Layout) -> None:
 def test_everything_stays_on_loopback_when_laid_out(layout: Layout) -> None:
     assert layout.bind == "127.0.0.1"
     assert option(commands(layout)["ray"], "--node-ip-address").startswith("127.")
-    assert "NCFM_ALLOW_REMOTE" not in environments(layout)["api"]
+    assert "NCFM_PUBLIC_HOSTS" not in environments(layout)["api"]
 
 
 def test_ray_takes_all_cpus_when_no_number_is_given(layout: Layout) -> None:

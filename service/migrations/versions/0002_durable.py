@@ -106,6 +106,8 @@ def _create_tables_of_users() -> None:
         sa.Column("expires_at", UtcDateTime),
         sa.Column("revoked_at", UtcDateTime),
         sa.Column("used_at", UtcDateTime),
+        sa.Column("previous_digest", sa.String(64)),
+        sa.Column("previous_until", UtcDateTime),
     )
     op.create_table(
         "uploads",

@@ -1,0 +1,184 @@
+"""Who may come in: the key of a request, what it may do, how often, and the note of what it changed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal
+
+from anyio.to_thread import run_sync
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as RequestScope
+
+from ncfm_core.errors import NcfmError
+from service.api.context import LOCAL, Caller, need_scope
+from service.api.errors import Draining, TooManyRequests, Unauthorized, error_response
+from service.api.guard import SAFE_METHODS, is_loopback
+from service.auditing import AuditEntry, Recorder
+from service.keys import KeyRing
+from service.scopes import SCOPES, Scope
+
+Mode = Literal["auto", "required", "off"]
+
+OPEN = frozenset({"/", "/livez", "/readyz", "/openapi.json", "/docs"})
+"""Paths that need no key: they tell nothing of any job."""
+MAX_BUCKETS = 10_000
+DRAIN_RETRY_S = 5
+ANYBODY = Caller(LOCAL, frozenset(SCOPES))
+_MAKE_ONE = "Send `Authorization: Bearer ncfm_...` (NCFM_API_KEY for the command line); `ncfm keys create` makes a key."
+
+
+class Access:
+    """ASGI middleware inside the guard: tells routes who calls, and keeps those out who may not."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        ring: KeyRing,
+        mode: Mode,
+        host: str,
+        per_minute: int,
+        recorder: Recorder,
+        is_draining: Callable[[], bool],
+    ) -> None:
+        """
+        Args:
+            app: what is behind.
+            ring: of keys.
+            mode: when a key is needed.
+            host: the address the API is bound to.
+            per_minute: requests of one caller that change something.
+            recorder: takes a note of each of them.
+            is_draining: whether nothing new is taken any more.
+        """
+        self.app = app
+        self._ring, self._mode, self._is_remote = ring, mode, not is_loopback(host)
+        self._buckets = Buckets(per_minute)
+        self._recorder, self._is_draining = recorder, is_draining
+
+    async def __call__(self, scope: RequestScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            caller = await self._admit(scope)
+        except NcfmError as error:
+            await error_response(scope, error)(scope, receive, send)
+            return
+        scope["state"]["caller"] = caller
+        if scope["method"] in SAFE_METHODS:
+            await self.app(scope, receive, send)
+        else:
+            await self._recorded(caller, scope, receive, send)
+
+    async def _admit(self, scope: RequestScope) -> Caller:
+        """Who calls, if they may."""
+        request_id, writes = scope["state"]["request_id"], scope["method"] not in SAFE_METHODS
+        address = scope["client"][0] if scope.get("client") else ""
+        if scope["path"] in OPEN:
+            return Caller(LOCAL, frozenset(), request_id, address)
+        if writes and self._is_draining():
+            error = Draining.of("", None, "this process ends and takes nothing new", "Send it again in a moment.")
+            error.headers = {"Retry-After": str(DRAIN_RETRY_S)}
+            raise error
+        try:
+            owner, scopes = await self._identify(Headers(scope=scope).get("authorization"))
+        except Unauthorized:
+            # Guesses count too.
+            self._buckets.take(f"address {address}", address)
+            raise
+        caller = Caller(owner, scopes, request_id, address)
+        need_scope(caller, "submit" if writes else "read")
+        if writes:
+            self._buckets.take(f"key {owner}" if owner != LOCAL else f"address {address}", caller.actor.name)
+        return caller
+
+    async def _identify(self, header: str | None) -> tuple[str, frozenset[Scope]]:
+        if not await self._needs_key():
+            return LOCAL, ANYBODY.scopes
+        if header is None:
+            raise _unauthorized("a key is needed here", "")
+        kind, _, token = header.partition(" ")
+        token = token.strip()
+        if kind.lower() != "bearer" or not token:
+            raise _unauthorized("not of the form `Bearer <key>`", 'error="invalid_request"')
+        key = self._ring.known(token) or await run_sync(self._ring.find, token)
+        if key is None:
+            raise _unauthorized("the key is unknown, expired or revoked", 'error="invalid_token"')
+        return key.id, key.scopes
+
+    async def _needs_key(self) -> bool:
+        if self._mode != "auto":
+            return self._mode == "required"
+        if self._is_remote:
+            return True
+        known = self._ring.known_to_exist()
+        return await run_sync(self._ring.exist) if known is None else known
+
+    async def _recorded(self, caller: Caller, scope: RequestScope, receive: Receive, send: Send) -> None:
+        """Serve a request that changes something, and take a note of it."""
+        status, location = 500, ""
+
+        async def sending(message: Message) -> None:
+            nonlocal status, location
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                location = Headers(raw=message["headers"]).get("location", "")
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        finally:
+            named = scope.get("path_params", {}).get("id")
+            self._recorder.note(
+                AuditEntry(
+                    actor=caller.actor.name,
+                    action=f"{scope['method']} {route_template(scope)}",
+                    target=str(named or location.rpartition("/")[2]),
+                    request_id=caller.request_id,
+                    address=caller.address,
+                    data={"status": status},
+                )
+            )
+
+
+class Buckets:
+    """Token buckets in memory: as many as come in a minute may come at once, then one by one as they are filled up."""
+
+    def __init__(self, per_minute: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._size, self._clock = float(per_minute), clock
+        self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, name: str, shown: str) -> None:
+        """One token.
+
+        Raises:
+            TooManyRequests: there is none; it says when.
+        """
+        at = self._clock()
+        level, since = self._levels.pop(name, (self._size, at))
+        level = min(self._size, level + (at - since) * self._size / 60)
+        self._levels[name] = (level - 1 if level >= 1 else level, at)
+        while len(self._levels) > MAX_BUCKETS:
+            self._levels.popitem(last=False)
+        if level < 1:
+            seconds = max(1, math.ceil((1 - level) * 60 / self._size))
+            hint = f"Try again in {seconds} s. NCFM_RATE_LIMIT_PER_MINUTE sets the limit."
+            error = TooManyRequests.of("", shown, f"more than {self._size:.0f} requests a minute", hint)
+            error.headers = {"Retry-After": str(seconds)}
+            raise error
+
+
+def route_template(scope: RequestScope) -> str:
+    """The route that served a request, as `/jobs/{id}`; `unmatched` where none did."""
+    return str(getattr(scope.get("route"), "path", "unmatched"))
+
+
+def _unauthorized(message: str, parameter: str) -> Unauthorized:
+    error = Unauthorized.of("Authorization", None, message, _MAKE_ONE)
+    error.headers = {"WWW-Authenticate": f'Bearer realm="ncfm"{", " if parameter else ""}{parameter}'}
+    return error
