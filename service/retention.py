@@ -173,7 +173,7 @@ def _delete_older(
 
 def _remove_deleted(store: Database, storage: Storage, before: datetime, removed: Removed, *, dry_run: bool) -> None:
     """Files first, the row last: whoever is killed between them finds the job again. Results stay: others may use them."""
-    gone = (jobs.c.deleted_at < before, jobs.c.state.in_(TERMINAL))
+    gone = (jobs.c.deleted_at < before, jobs.c.state.in_(TERMINAL), jobs.c.publication != "pending")
     for job_id in _ids(store, lambda after: select(jobs.c.id).where(*gone, jobs.c.id > after)):
         for prefix in (f"jobs/{job_id}", f"checkpoints/{job_id}"):
             for path, size, _ in list(storage.entries(prefix)):
@@ -183,6 +183,8 @@ def _remove_deleted(store: Database, storage: Storage, before: datetime, removed
         removed.add("deleted jobs", 1)
         if not dry_run:
             with store.writing() as connection:
+                # A key that named it would be answered with a job that is not there.
+                connection.execute(delete(idempotency).where(idempotency.c.job_id == job_id))
                 connection.execute(delete(jobs).where(jobs.c.id == job_id, *gone))
 
 
