@@ -24,6 +24,7 @@ from service.controller import Controller
 from service.controller.decision import Policy
 from service.controller.launch import Launch
 from service.jobs import State
+from service.keys import Keys
 from service.settings import Settings
 from service.store import Store
 from service.testing import InMemoryCluster
@@ -194,8 +195,10 @@ def sse(home: Path, options: argparse.Namespace) -> Figures:
     """Streams of events: from the commit of each to its arrival at every client."""
     with _database(options.engine, home) as url, Store(url) as store, ApiProcess(home, database_url=url) as api:
         job = store.add(sample_job(State.QUEUED))
+        # One owner may not have as many streams.
+        keys = [Keys(store).create(f"client {n}", "read", expires_at=None)[1] for n in range(options.clients // 75 + 1)]
         sent: dict[int, float] = {}
-        latencies, done = asyncio.run(_follow(api, store, job.id, sent, options))
+        latencies, done = asyncio.run(_follow(api, store, job.id, sent, keys, options))
         memory = api.memory_mib
     expected = options.clients * options.events
     figures = {"p50_ms": 1e3 * quantile(latencies, 0.5), "p99_ms": 1e3 * quantile(latencies, 0.99), "rss_mib": memory}
@@ -206,7 +209,7 @@ def sse(home: Path, options: argparse.Namespace) -> Figures:
 
 
 async def _follow(
-    api: ApiProcess, store: Store, job_id: str, sent: dict[int, float], options: argparse.Namespace
+    api: ApiProcess, store: Store, job_id: str, sent: dict[int, float], keys: list[str], options: argparse.Namespace
 ) -> tuple[list[float], int]:
     latencies: list[float] = []
     limits = httpx.Limits(max_connections=None)
@@ -215,9 +218,10 @@ async def _follow(
 
     async with httpx.AsyncClient(base_url=api.url, timeout=60, limits=limits, trust_env=False) as client:
 
-        async def listen() -> None:
+        async def listen(n: int) -> None:
+            mine = headers | {"Authorization": f"Bearer {keys[n % len(keys)]}"}
             with suppress(httpx.HTTPError):
-                async with client.stream("GET", f"/jobs/{job_id}/events", headers=headers) as answer:
+                async with client.stream("GET", f"/jobs/{job_id}/events", headers=mine) as answer:
                     async for line in answer.aiter_lines():
                         if not line.startswith("id:"):
                             continue
@@ -227,7 +231,7 @@ async def _follow(
                         if seq >= last:
                             return
 
-        listeners = [asyncio.create_task(listen()) for _ in range(options.clients)]
+        listeners = [asyncio.create_task(listen(n)) for n in range(options.clients)]
         await asyncio.sleep(options.clients / 60)
         for _ in range(options.events):
             current = store.get(job_id)
