@@ -12,10 +12,12 @@ from service import logs
 from service.cluster import Cluster
 from service.controller.crash_points import arm, reached
 from service.controller.decision import Policy
+from service.controller.housekeeping import keep_house
 from service.controller.launch import Launch
 from service.controller.loop import Controller
 from service.controller.sightings import Lookout
 from service.controller.tenure import Tenure
+from service.retention import Limits
 from service.settings import Settings
 from service.store import Store
 from worker.storage import Storage
@@ -41,7 +43,11 @@ def main(settings: Settings) -> None:
     tenure = Tenure(store, seconds=settings.lease_seconds)
     launch = Launch.from_settings(settings)
     controller = Controller(store, storage, cluster, policy=policy_of(settings), launch=launch, tenure=tenure)
-    lookout = Lookout(store, settings.mlflow_url)
+    lookout, over = Lookout(store, settings.mlflow_url), threading.Event()
+    house = {"is_active": tenure.is_held, "stop": over}
+    threading.Thread(
+        target=keep_house, args=(store, storage, Limits.from_settings(settings)), kwargs=house, daemon=True
+    ).start()
 
     def end(number: int, frame: FrameType | None) -> None:
         raise _Ended
@@ -50,10 +56,11 @@ def main(settings: Settings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, end)
         logger.info("controller follows %s", settings.ray_url, extra={"action": "start"})
-        controller.run(threading.Event(), poll_seconds=settings.poll_seconds, lookout=lookout)
+        controller.run(over, poll_seconds=settings.poll_seconds, lookout=lookout)
     except _Ended:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+        over.set()
         logger.info("controller ends", extra={"action": "end"})
     reached("before_release")
     _release(tenure)

@@ -69,6 +69,10 @@ class Tenure:
         self.token = self._store.fence = lease.token
         return True
 
+    def is_held(self) -> bool:
+        """Whether the lease is ours as far as we know, without asking."""
+        return self._ends_at > self._clock()
+
     def check(self) -> None:
         """Make sure that the lease holds long enough for a side effect.
 
