@@ -27,6 +27,8 @@ from worker.storage import Storage
 Until = Callable[..., Any]
 
 POLL_S = 0.1
+CHECKPOINT_LIMIT_S = 240.0
+"""From a job's submission to its first checkpoint: teachers come first, and a driver needs seconds to start."""
 END_LIMIT_S = 60.0
 """For the last processes of a job that has ended."""
 PATIENCE_S = 10.0
@@ -104,7 +106,7 @@ def checkpoint_of(stack_storage: Storage, until: Until) -> Callable[[str], int]:
         records = [Path(path) for path in stack_storage.list(f"checkpoints/{job_id}") if path.endswith(".json")]
         return max((int(path.stem) for path in records), default=0)
 
-    return lambda job_id: int(until(lambda: newest(job_id)))
+    return lambda job_id: int(until(lambda: newest(job_id), CHECKPOINT_LIMIT_S))
 
 
 @pytest.fixture

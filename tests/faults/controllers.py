@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -96,15 +97,16 @@ class Site:
     def until(self, holds: Callable[[], object], limit_s: float = 60.0) -> None:
         deadline = time.monotonic() + limit_s
         while not holds():
-            found = [self.store.get(job_id) for job_id in self.acknowledged]
-            where = [(job.id, job.state, job.message, job.publication) for job in found if job is not None]
-            assert time.monotonic() < deadline, where
+            if time.monotonic() > deadline:
+                found = [self.store.get(job_id) for job_id in self.acknowledged]
+                left = [job for job in found if job and (not job.state.is_terminal or job.publication == "pending")]
+                raise AssertionError([(job.id, str(job.state), job.message, job.publication) for job in left])
             time.sleep(0.03)
 
     def has_ended(self) -> bool:
         """Whether every job has, and its run is complete."""
-        found = [self.store.get(job_id) for job_id in self.acknowledged]
-        return all(job and job.state.is_terminal and job.publication != "pending" for job in found)
+        store, later = self.store, now() + timedelta(days=1)
+        return not (store.active() or store.queue(limit=1) or store.unpublished(limit=1, at=later))
 
     def check(self) -> int:
         """All rules, once all has ended; each attempt was started once, and nothing lives."""

@@ -92,6 +92,13 @@ def ends_when_stopped(driver: Driver, storage: Storage) -> None:
         driver.end("STOPPED", None)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked was killed before the answer."""
+
+
 @dataclass
 class RayTwin:
     """The cluster: a server on a free port and one thread that lives its drivers' lives."""
@@ -126,8 +133,7 @@ class RayTwin:
 
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._threads = [threading.Thread(target=self._server.serve_forever), threading.Thread(target=self._live)]
         for thread in self._threads:
             thread.start()

@@ -21,7 +21,7 @@ APPLIED = re.compile(r"job \w+ is |is handed to Ray|is asked to|waits: ")
 """What a controller says once it has done something."""
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_nothing_of_a_controller_is_applied_when_it_was_stopped_and_another_took_over(
     tmp_path: Path, is_long: bool
 ) -> None:
@@ -47,7 +47,8 @@ def test_nothing_of_a_controller_is_applied_when_it_was_stopped_and_another_took
         post_for(pause_s)
         stale.send_signal(signal.SIGCONT)
         post_for(3)
-        site.until(site.has_ended)
+        # Runs are completed two at a time.
+        site.until(site.has_ended, 300)
 
         said_after = site.said("stale.log")[said_before:]
         assert not APPLIED.search(said_after), said_after
