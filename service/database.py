@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic_core import from_json, to_json
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -161,12 +163,29 @@ def _open_engine(url: str) -> Engine:
             if parsed.database in (None, "", ":memory:"):
                 raise ArgumentError("a database in memory cannot be shared by the service's processes")
             Path(str(parsed.database)).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, pool_pre_ping=True, **_pool_and_timeouts(parsed))
+        engine = create_engine(
+            parsed,
+            pool_pre_ping=True,
+            json_serializer=_to_json,
+            json_deserializer=from_json,
+            **_pool_and_timeouts(parsed),
+        )
     except (ArgumentError, ModuleNotFoundError, OSError, TypeError) as error:
         raise unavailable(url, error) from error
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine)
     return engine
+
+
+def _to_json(value: object) -> str:
+    """JSON that both engines take: PostgreSQL has neither NaN nor half a surrogate pair, and drivers may say either."""
+    try:
+        written = json.dumps(value, allow_nan=False)
+    except ValueError:
+        written = to_json(value, inf_nan_mode="null").decode()
+    if "\\ud" in written:
+        written = json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
+    return written
 
 
 def _pool_and_timeouts(url: URL) -> dict[str, Any]:

@@ -106,11 +106,15 @@ def sweep_storage(store: Database, storage: Storage, now: datetime, limits: Limi
                 if not dry_run:
                     storage.delete([path])
     kept_files |= {file.path for result in manifests.values() for file in result.files}
-    for path, size, changed_at in storage.entries("objects"):
-        if path not in kept_files and changed_at < now - limits.temporary:
-            removed.add("unreferenced objects", 1, size)
-            if not dry_run:
-                storage.delete([path])
+    live = set(_ids(store, lambda after: select(jobs.c.id).where(jobs.c.state.not_in(TERMINAL), jobs.c.id > after)))
+    for kind, folder in (("unreferenced objects", "objects"), ("damaged results", "damaged")):
+        for path, size, changed_at in storage.entries(folder):
+            # Files of a job that is not over are written before the result that refers to them.
+            is_needed = path in kept_files or path.split("/")[1].rpartition("-")[0] in live
+            if not is_needed and changed_at < now - limits.temporary:
+                removed.add(kind, 1, size)
+                if not dry_run:
+                    storage.delete([path])
     for file in temporary_files(storage, now - limits.temporary):
         removed.add("temporary files", 1, file.stat().st_size)
         if not dry_run:
@@ -173,7 +177,7 @@ def _delete_older(
 
 def _remove_deleted(store: Database, storage: Storage, before: datetime, removed: Removed, *, dry_run: bool) -> None:
     """Files first, the row last: whoever is killed between them finds the job again. Results stay: others may use them."""
-    gone = (jobs.c.deleted_at < before, jobs.c.state.in_(TERMINAL))
+    gone = (jobs.c.deleted_at < before, jobs.c.state.in_(TERMINAL), jobs.c.publication != "pending")
     for job_id in _ids(store, lambda after: select(jobs.c.id).where(*gone, jobs.c.id > after)):
         for prefix in (f"jobs/{job_id}", f"checkpoints/{job_id}"):
             for path, size, _ in list(storage.entries(prefix)):
@@ -183,6 +187,8 @@ def _remove_deleted(store: Database, storage: Storage, before: datetime, removed
         removed.add("deleted jobs", 1)
         if not dry_run:
             with store.writing() as connection:
+                # A key that named it would be answered with a job that is not there.
+                connection.execute(delete(idempotency).where(idempotency.c.job_id == job_id))
                 connection.execute(delete(jobs).where(jobs.c.id == job_id, *gone))
 
 

@@ -85,7 +85,7 @@ jobs = Table(
     Index("jobs_by_dataset", "dataset", "id"),
     Index("jobs_by_method", "method", "id"),
     Index("jobs_by_end", "finished_at", "id"),
-    Index("jobs_by_count", "deleted_at", "state", "owner"),
+    Index("jobs_by_count", "state", "owner", "deleted_at"),
 )
 
 attempts = Table(

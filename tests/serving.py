@@ -30,6 +30,8 @@ class ApiProcess:
             "NCFM_PORT": str(self.port),
             "NCFM_DATABASE_URL": database_url,
             "NCFM_RAY_URL": "http://127.0.0.1:9",
+            # One client stands for many.
+            "NCFM_RATE_LIMIT_PER_MINUTE": "1000000",
             "PYTHONPATH": str(ROOT),
         }
         self._process: subprocess.Popen[bytes] | None = None

@@ -150,6 +150,7 @@ def lay_out(
         home=str(settings.home),
         storage=settings.storage_url,
         data_dir=str(settings.data_dir),
+        data_roots=tuple(str(root) for root in settings.data_roots or ()),
         mlflow_dir=str(settings.home / "mlflow"),
         ray_ports=RayPorts(node_ip="127.0.0.2", gcs=ports_by_name["gcs"], client=ports_by_name["client"]),
         ray_token_path=str(token),

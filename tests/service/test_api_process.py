@@ -101,6 +101,13 @@ def test_bind_when_localhost_is_named_is_on_loopback(tmp_path: Path) -> None:
         assert listener.getsockname()[1] > 0
 
 
+def test_bind_when_a_client_calls_answers_without_waiting_for_acknowledgements(tmp_path: Path) -> None:
+    with bind(Settings(home=tmp_path, port=0)) as listener, socket.create_connection(listener.getsockname()[:2]):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_bind_when_the_port_is_taken_says_so(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(AddressError) as caught:
         bind(Settings(home=tmp_path, port=taken.getsockname()[1]))

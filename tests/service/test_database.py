@@ -25,17 +25,46 @@ def new_job(**changes: object) -> Job:
 
 def test_store_when_a_driver_says_what_no_column_holds_keeps_the_rest(database_url: str) -> None:
     store = Store(database_url)
-    job = store.add(new_job(requested={"note": "a\0b"}, labels={"who": "m\u00fcller"}))
+    said = {"note": "a\0b", "half": "\ud800", "pair": "\U0001f600"}
+    job = store.add(new_job(requested=said, labels={"who": "m\u00fcller"}))
+    assert store.note(store.get(job.id) or job, "waiting", {"loss": float("nan")}) is not None
+    assert [event.data for event in store.events(job.id, after=1, limit=9)] == [{"loss": None}]
+    job = store.get(job.id) or job
     starting = store.move(job, State.STARTING, attempt=1)
     assert starting is not None
     failed = store.move(starting, State.FAILED, reason=Reason.INTERNAL, message="said \0 and \ud800")
     assert failed is not None
     kept = store.get(job.id)
     assert kept is not None
-    assert (kept.message, kept.requested) == ("said ? and ?", {"note": "a\0b"})
+    assert (kept.message, kept.requested) == ("said ? and ?", said | {"half": "?"})
     assert store.attempts(job.id)[0].message == "said ? and ?"
     assert store.page(limit=9, wanted=Filter(labels={"who": "m\u00fcller"})) == [kept]
     assert store.page(limit=9, wanted=Filter(labels={"who": "else"})) == []
+    store.close()
+
+
+def test_page_when_there_are_many_jobs_reads_none_that_it_does_not_show(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path}/ncfm.db")
+    asked: list[str] = []
+    event.listen(store.engine, "before_cursor_execute", lambda *call: asked.append(str(call[2])))
+    wanted = [
+        Filter(),
+        Filter(states=[State.SUCCEEDED]),
+        Filter(owner="local"),
+        Filter(dataset="digits"),
+        Filter(method="ncfm"),
+    ]
+    for each in wanted:
+        store.page(limit=50, before="01h", wanted=each)
+    store.queue(limit=50)
+    store.counts()
+    with store.reading() as connection:
+        for statement in [each for each in asked if each.startswith("SELECT")]:
+            values = ("0",) * statement.count("?")
+            plan = " ".join(
+                str(row[3]) for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values)
+            )
+            assert "INDEX" in plan and "TEMP B-TREE" not in plan, (statement, plan)
     store.close()
 
 

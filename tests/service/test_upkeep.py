@@ -268,7 +268,7 @@ def test_gc_when_things_are_old_removes_them_and_nothing_else(
     )
     long_ago = now() - timedelta(days=100)
     with store.writing() as connection:
-        connection.execute(update(jobs).where(jobs.c.id == gone.id).values(deleted_at=long_ago))
+        connection.execute(update(jobs).where(jobs.c.id == gone.id).values(deleted_at=long_ago, publication="done"))
         connection.execute(update(jobs).where(jobs.c.id == kept.id).values(finished_at=long_ago))
         for at in (long_ago, now()):
             row = {"at": at, "actor": "a", "action": "x", "target": "", "request_id": "", "address": "", "data": {}}

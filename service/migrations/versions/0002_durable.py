@@ -19,7 +19,7 @@ INDEXES = (
     ("jobs_by_dataset", "jobs", ["dataset", "id"]),
     ("jobs_by_method", "jobs", ["method", "id"]),
     ("jobs_by_end", "jobs", ["finished_at", "id"]),
-    ("jobs_by_count", "jobs", ["deleted_at", "state", "owner"]),
+    ("jobs_by_count", "jobs", ["state", "owner", "deleted_at"]),
     ("idempotency_by_time", "idempotency", ["created_at"]),
     ("audit_by_time", "audit", ["at"]),
 )
