@@ -243,7 +243,7 @@ class Client(Connection):
         Raises:
             ServiceAway: the service has been away for longer than `patience_s`.
         """
-        job = self.job(job_id)
+        job = self._patiently(lambda: self.job(job_id), patience_s)
         yield job
         if job.is_final:
             return

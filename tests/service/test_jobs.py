@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -10,6 +10,7 @@ from service.jobs import (
     MOVES,
     IllegalMove,
     Job,
+    Progress,
     Reason,
     State,
     cancel_move,
@@ -17,7 +18,9 @@ from service.jobs import (
     legal_moves,
     moves_table,
     new_job_id,
+    progress_of,
 )
+from worker.records import AttemptStatus, StageName
 
 
 def a_job(state: State, reason: Reason | None = None) -> Job:
@@ -84,3 +87,40 @@ def test_new_job_id_when_made_later_sorts_later() -> None:
     assert first == first.lower()
     assert first.isalnum()
     assert new_job_id()[:10] >= first[:10]
+
+
+def said(completed: int, at: float, *, stage: StageName = "distill") -> AttemptStatus:
+    return AttemptStatus(
+        job_id="j",
+        attempt=1,
+        stage=stage,
+        completed=completed,
+        total=1000,
+        unit="step",
+        message="",
+        stages={},
+        heartbeat_at=datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=at),
+        mlflow_run_id=None,
+        mlflow_url=None,
+    )
+
+
+def test_progress_when_a_stage_goes_on_knows_its_rate() -> None:
+    first = progress_of(said(400, 0))
+    assert (first.percent, first.eta_seconds) == (40.0, None)
+    second = progress_of(said(500, 10), first)
+    # 100 steps in 10 s, of which 500 are left: what a checkpoint had done before does not count.
+    assert (second.percent, second.eta_seconds) == (50.0, 50.0)
+    assert progress_of(said(500, 12), second) is second
+    assert progress_of(said(600, 30), second).eta_seconds == 60.0
+
+
+def test_progress_when_another_stage_begins_or_one_falls_back_begins_anew() -> None:
+    before = progress_of(said(500, 10), progress_of(said(400, 0)))
+    for after in (progress_of(said(10, 20, stage="evaluate"), before), progress_of(said(300, 20), before)):
+        assert (after.since, after.since_completed, after.eta_seconds) == (after.updated_at, after.completed, None)
+
+
+def test_progress_when_nothing_is_known_shows_nothing() -> None:
+    progress = Progress(stage=None, completed=0, total=0, unit="")
+    assert (progress.percent, progress.eta_seconds) == (None, None)

@@ -11,8 +11,19 @@ from pathlib import Path
 import httpx
 import pytest
 
+HOOKS = """
+import schemathesis
+
+
+@schemathesis.serializer("application/x-tar", "application/gzip", "application/zip")
+def archive(context, value):
+    data = getattr(value, "data", None) or (value if isinstance(value, bytes) else str(value).encode())
+    return data or b"not an archive"
+"""
+"""Bytes for the media types of uploads, which it does not know: they are no archives, and are to be refused as such."""
 CONFIG = """
 color = false
+hooks = "archives.py"
 request-timeout = 20
 
 [parameters]
@@ -29,6 +40,7 @@ positive_data_acceptance.expected-statuses = ["2XX", "3XX", 401, 403, 404, 409, 
 @pytest.mark.timeout(1500)
 def test_api_keeps_to_its_document(client: httpx.Client, tmp_path: Path, is_long: bool) -> None:
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
+    (tmp_path / "archives.py").write_text(HOOKS)
     phases, examples = ("examples,coverage,fuzzing,stateful", 60) if is_long else ("examples,fuzzing", 20)
     command = [
         *(sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"),
