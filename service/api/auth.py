@@ -79,7 +79,7 @@ class Access:
         """Who calls, if they may."""
         request_id, writes = scope["state"]["request_id"], scope["method"] not in SAFE_METHODS
         address = scope["client"][0] if scope.get("client") else ""
-        if scope["path"] in OPEN:
+        if scope["path"] in OPEN and not writes:
             return Caller(LOCAL, frozenset(), request_id, address)
         if writes and self._is_draining():
             error = Draining.of("", None, "this process ends and takes nothing new", "Send it again in a moment.")

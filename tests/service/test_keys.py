@@ -294,6 +294,20 @@ def test_audit_when_the_database_is_away_is_kept_later(tmp_path: Path) -> None:
         assert len(connection.execute(select(audit)).all()) == 2
 
 
+def test_audit_takes_what_a_stranger_put_into_a_path(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with world.client() as client:
+        client.post("/jobs/%00%0A/cancel")
+    with Store(Settings(home=tmp_path).database).reading() as connection:
+        assert connection.execute(select(audit.c.target)).scalar_one() == "??"
+
+
+def test_open_path_is_open_for_looking_alone(world: World) -> None:
+    make(world.keys)
+    assert world.client().get("/livez").status_code == 200
+    assert world.client().post("/livez").status_code == 401
+
+
 def test_openapi_says_that_keys_are_bearer_tokens(world: World) -> None:
     document = world.client().get("/openapi.json").json()
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
