@@ -245,6 +245,12 @@ def test_writes_when_too_many_are_429_and_reads_are_not(tmp_path: Path) -> None:
     world.app.state.store.close()
 
 
+def test_writes_where_no_key_is_needed_are_not_counted(tmp_path: Path) -> None:
+    world = World(tmp_path, rate_limit_per_minute=1)
+    assert [world.client().post("/jobs", json=SMALLEST).status_code for _ in range(4)] == [201] * 4
+    world.app.state.store.close()
+
+
 def test_headers_when_too_many_or_too_long_are_431(world: World) -> None:
     for headers in ({f"x-{i}": "1" for i in range(101)}, {"x": "1" * 40_000}):
         reply = world.client().get("/jobs", headers=headers)
