@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -29,7 +30,7 @@ from ncfm_core.errors import CheckpointError, ResourcesError
 from ncfm_core.execution import Execution, choose, even_chunks, for_inference, in_chunks
 from ncfm_core.frequencies import FrequencySampler, Gaussian, ScaleMixture
 from ncfm_core.pools import Extractors, TeacherPool
-from ncfm_core.progress import Progress
+from ncfm_core.progress import Progress, never
 from ncfm_core.rng import generator
 from ncfm_core.schedule import Schedule
 from ncfm_core.spec import NcfmSpec
@@ -117,8 +118,8 @@ class Distillation:
             features, logits = (torch.compile(each, dynamic=False) for each in (features, logits))
         self._features_forward, self._logits_forward = features, logits
 
-    def run(self, until: int | None = None) -> Iterator[Progress]:
-        """Update the images from `step` to `until` (all of it by default).
+    def run(self, until: int | None = None, *, pause: Callable[[], bool] = never) -> Iterator[Progress]:
+        """Update the images from `step` to `until` (all of it by default), or to the first step after which `pause` says so.
 
         The metrics of a report are means since the last one: `discrepancy` (class mean of the gap), `calibration`
         (cross-entropy), `psi_gain` (rise of the gap by psi's ascent, at fixed root mean square of the scales) and `image_lr`.
@@ -131,11 +132,13 @@ class Distillation:
         counted = draws = 0
         while self.step < until:
             if self._draw is None or self.step % self._method.reuse == 0:
-                sums[2] += self._within_memory(self._open_draw)
+                # psi may have climbed before memory ran out: the second try climbs from where the first began.
+                undo = partial(self._sampler.load_state, self._sampler.state())
+                sums[2] += self._within_memory(self._open_draw, undo)
                 draws += 1
             sums[:2] += self._advance()
             counted += 1
-            if self.step == until or self.step % REPORT_EVERY == 0:
+            if (paused := pause()) or self.step == until or self.step % REPORT_EVERY == 0:
                 discrepancy, calibration, gain = sums.tolist()
                 metrics = {"discrepancy": discrepancy / counted, "calibration": calibration / counted}
                 metrics |= {"psi_gain": gain / draws} if draws else {}
@@ -143,9 +146,21 @@ class Distillation:
                 yield Progress(self.step, self.total, "step", metrics)
                 sums.zero_()
                 counted = draws = 0
+            if paused:
+                return
 
-    def _within_memory(self, compute: Callable[[], T]) -> T:
-        """The result of a computation, which is tried once more with half as much at once if memory runs out."""
+    def end_here(self) -> None:
+        """Bring the images into [0, 1], as the last step does; a run that goes on from here has the same bits."""
+        with torch.no_grad():
+            self.synthetic.images.clamp_(0, 1)
+
+    def _within_memory(self, compute: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+        """The result of a computation, which is tried once more with half as much at once if memory runs out.
+
+        Args:
+            compute: what to do.
+            undo: takes back what a first try may have done already.
+        """
         try:
             return compute()
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -155,6 +170,7 @@ class Distillation:
             # Images of a batch-norm network influence each other: for those the second try only finds a cache emptied.
             self.execution = self.execution.halved()
         self.halvings += 1
+        undo()
         if self.synthetic.images.is_cuda:
             torch.cuda.empty_cache()
         try:
@@ -216,8 +232,7 @@ class Distillation:
         self._schedule.note(self.step, method.discrepancy_weight * losses[0] + method.calibration_weight * losses[1])
         self.step += 1
         if self.step == self.total:
-            with torch.no_grad():
-                images.clamp_(0, 1)
+            self.end_here()
         return losses
 
     def _gradient(self) -> tuple[Tensor, Tensor]:

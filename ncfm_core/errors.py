@@ -3,10 +3,14 @@
 NcfmError
   SpecError        a submission is not legal
   DatasetError     a data set is missing, damaged or too small
-  StorageError     a stored object is missing, damaged or cannot be written
+  StorageError     a stored object cannot be read or written
+    StorageFullError  there is no room for it
+    DamagedError      it is missing or differs from its record
   CheckpointError  a checkpoint does not belong to this run
   ResourcesError   the cluster can never hold what the spec demands
   TrackingError    the MLflow server cannot be used
+  LimitError       the job's wall time was over too early
+  StoppedError     the job was asked to stop
 
 Every error carries `problems`: which field, with which value, what is wrong and the way out. All of them survive pickling, since
 they cross process borders in Ray.
@@ -80,9 +84,26 @@ class DatasetError(NcfmError):
 
 
 class StorageError(NcfmError):
-    """A stored object is missing, damaged or cannot be written."""
+    """A stored object cannot be read or written."""
 
     code = "storage_error"
+
+
+class StorageFullError(StorageError):
+    """There is no room for an object."""
+
+    code = "storage_full"
+
+
+class DamagedError(StorageError):
+    """A stored object is missing or differs from its record; its path is the first problem's field."""
+
+    code = "storage_damaged"
+
+    @property
+    def path(self) -> str:
+        """Below the storage root."""
+        return self.problems[0].field
 
 
 class CheckpointError(NcfmError):
@@ -101,3 +122,15 @@ class TrackingError(NcfmError):
     """The MLflow server cannot be used."""
 
     code = "tracking_unavailable"
+
+
+class LimitError(NcfmError):
+    """The job's wall time was over before there was anything to show."""
+
+    code = "limit_reached"
+
+
+class StoppedError(NcfmError):
+    """The job was asked to stop."""
+
+    code = "stopped"

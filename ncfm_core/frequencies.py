@@ -64,7 +64,7 @@ class ScaleMixture:
         frequency_scale: float,
         lr: float,
         ascent_steps: int,
-        objective: Literal["gap", "power"],
+        objective: Literal["gap", "power", "debiased"],
         amplitude_weight: float,
         device: torch.device,
     ) -> None:
@@ -75,7 +75,8 @@ class ScaleMixture:
             frequency_scale: s, the root mean square of every component's scales.
             lr: of Adam on the log-scales.
             ascent_steps: per draw.
-            objective: what is raised: the gap, or the gap over its sampling error.
+            objective: what is raised: the gap, the gap over its sampling error, or the gap less the one between two halves of the
+                real batch, which is sampling alone.
             amplitude_weight: of the gap that is raised.
             device: where the log-scales live.
         """
@@ -125,15 +126,22 @@ class ScaleMixture:
         gradient_KD = torch.zeros_like(frequencies_KD)
         for label in range(len(real_CND)):
             one = slice(label, label + 1)
-            sides = [characteristic_function(each[one], frequencies_KD) for each in (real_CND, synthetic_CND)]
-            if self._objective == "gap":
-                value = gap(sides[0], sides[1], self.amplitude_weight)
-            else:
-                sizes = {"num_real": real_CND.shape[1], "num_synthetic": synthetic_CND.shape[1]}
-                value = power(sides[0], sides[1], self.amplitude_weight, **sizes)
-            value = value.sum() / len(real_CND)
+            value = self._value(real_CND[one], synthetic_CND[one], frequencies_KD).sum() / len(real_CND)
             gradient_KD += torch.autograd.grad(value, frequencies_KD)[0]
         return gradient_KD
+
+    def _value(self, real_CND: Tensor, synthetic_CND: Tensor, frequencies_KD: Tensor) -> Tensor:
+        """The objective of each class, shape (C,)."""
+        real, synthetic = (characteristic_function(each, frequencies_KD) for each in (real_CND, synthetic_CND))
+        if self._objective == "power":
+            sizes = {"num_real": real_CND.shape[1], "num_synthetic": synthetic_CND.shape[1]}
+            return power(real, synthetic, self.amplitude_weight, **sizes)
+        value = gap(real, synthetic, self.amplitude_weight)
+        if self._objective == "debiased":
+            # The batch is in random order already.
+            halves = [characteristic_function(half, frequencies_KD) for half in real_CND.tensor_split(2, dim=1)]
+            value = value - gap(halves[0], halves[1], self.amplitude_weight)
+        return value
 
     def state(self) -> dict[str, Tensor]:
         optimizer = {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self._optimizer).items()}

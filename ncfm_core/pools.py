@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ncfm_core.datasets import Dataset
 from ncfm_core.models import Network, build_model
-from ncfm_core.progress import Progress
+from ncfm_core.progress import Progress, never
 from ncfm_core.rng import generator
 from ncfm_core.spec import ModelSpec, TrainingSpec
 from ncfm_core.training import Training, accuracy, part
@@ -71,9 +71,9 @@ class TeacherTraining:
     def step(self) -> int:
         return self._training.step
 
-    def run(self, until: int | None = None) -> Iterator[Progress]:
-        """Train from `step` to `until` (all of it by default)."""
-        yield from self._training.run(until)
+    def run(self, until: int | None = None, *, pause: Callable[[], bool] = never) -> Iterator[Progress]:
+        """Train from `step` to `until` (all of it by default), or to the first step after which `pause` says so."""
+        yield from self._training.run(until, pause=pause)
 
     def state(self) -> Weights:
         """Everything needed to go on bit for bit; the initial weights are drawn again."""

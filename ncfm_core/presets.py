@@ -152,6 +152,7 @@ _COMMON: Document = {
     "search": None,
     "resources": {"gpus": "auto", "cpus": 2, "memory_limit": None},
     "checkpoint": {"every_steps": 500, "every_seconds": 30.0},
+    "limits": {"wall_seconds": None},
     "seed": 0,
 }
 

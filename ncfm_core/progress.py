@@ -21,6 +21,11 @@ class Progress:
     """Values at `completed`, by name."""
 
 
+def never() -> bool:
+    """The answer where nobody asks a computation to pause."""
+    return False
+
+
 def finish(steps: Generator[Any, None, T]) -> T:
     """Run to the end without a word."""
     while True:

@@ -187,8 +187,8 @@ class NcfmSpec(Part):
     """Step size of Adam on psi's log-scales."""
     sampler_steps: Annotated[int, Field(ge=0, le=100)]
     """Ascent steps of psi per draw; 0 leaves it where it started."""
-    sampler_objective: Literal["gap", "power"]
-    """What psi raises: the gap itself, or the gap over its sampling error."""
+    sampler_objective: Literal["gap", "power", "debiased"]
+    """What psi raises: the gap itself, the gap over its sampling error, or the gap less that of two halves of the real batch."""
     amplitude_weight: Fraction
     """alpha: weight of the amplitude; the phase has 1 - alpha."""
     discrepancy_weight: Weight
@@ -300,6 +300,13 @@ class CheckpointSpec(Part):
     """At most this many seconds between two checkpoints."""
 
 
+class LimitsSpec(Part):
+    """Where a job has to end early. Never changes the key of a whole result."""
+
+    wall_seconds: Annotated[float, Field(ge=10, le=10_000_000)] | None
+    """Seconds from the job's first start after which the distillation ends at its last step; null for none."""
+
+
 class JobSpec(Part):
     """Everything that defines a job, resolved."""
 
@@ -327,6 +334,8 @@ class JobSpec(Part):
     """What a stage takes of the cluster."""
     checkpoint: CheckpointSpec
     """When it saves itself."""
+    limits: LimitsSpec
+    """Where it ends early."""
     experiment: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w .:-]+$")]
     """MLflow experiment."""
     seed: Seed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ncfm_core.batches import Batches
 from ncfm_core.datasets import Dataset, Images
 from ncfm_core.errors import CheckpointError
 from ncfm_core.models.probing import largest_map, separable
-from ncfm_core.progress import Progress
+from ncfm_core.progress import Progress, never
 from ncfm_core.spec import TrainingSpec
 
 CPU_CHUNK_BYTES = 4 << 20
@@ -67,18 +67,20 @@ class Training:
         self.optimizer = make_optimizer(model.parameters(), spec)
         self._order = torch.empty(0, dtype=torch.int64)
 
-    def run(self, until: int | None = None) -> Iterator[Progress]:
-        """Train from `step` to `until` (all of it by default)."""
+    def run(self, until: int | None = None, *, pause: Callable[[], bool] = never) -> Iterator[Progress]:
+        """Train from `step` to `until` (all of it by default), or to the first step after which `pause` says so."""
         until = self.total if until is None else until
         recent = torch.zeros((), device=self._batches.device)
         counted = 0
         while self.step < until:
             recent += self._advance()
             counted += 1
-            if self.step == until or self.step % REPORT_EVERY == 0:
+            if (paused := pause()) or self.step == until or self.step % REPORT_EVERY == 0:
                 yield Progress(self.step, self.total, "step", {"loss": recent.item() / counted})
                 recent.zero_()
                 counted = 0
+            if paused:
+                return
 
     def _advance(self) -> Tensor:
         """One optimiser step; its loss, detached, on the device."""

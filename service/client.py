@@ -6,42 +6,46 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Literal
 from urllib.parse import quote
 
 import httpx
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue
 
-from ncfm_core.errors import NcfmError
-from service.replies import Artifact, ArtifactPage, Event, EventPage, Job, JobPage, Upload, UploadPage, problems_of
+from service.connection import CONNECT_TIMEOUT_S, POLL_S, ClientError, Connection, ServiceAway
+from service.replies import (
+    FINAL,
+    Artifact,
+    ArtifactPage,
+    Attempt,
+    AttemptPage,
+    End,
+    Event,
+    EventPage,
+    Forecast,
+    Job,
+    JobPage,
+    JobSummary,
+    Progress,
+    Upload,
+    UploadPage,
+)
 
-CONNECT_TIMEOUT_S = 3.0
-TIMEOUT_S = 30.0
+__all__ = ["Client", "ClientError", "ServiceAway"]
+
 UPLOAD_TIMEOUT_S = 3600.0
 """The service looks into an archive before it answers."""
-POLL_S = 0.5
 PATIENCE_S = 60.0
 """Longer than a supervisor takes to start the API again."""
-
-T = TypeVar("T")
-
-
-class ClientError(NcfmError):
-    """The service refuses what was asked."""
-
-    code = "client_error"
+RETRY_S = 5.0
+"""How long a request that makes a job is sent again, under its key, when the connection is lost or the service is not ready."""
+JSON = {"Content-Type": "application/json"}
 
 
-class ServiceAway(ClientError):
-    """No service answers at the address."""
-
-    code: ClassVar[str] = "service_away"
-
-
-class Client:
+class Client(Connection):
     """The API at one address.
 
     Raises:
@@ -49,50 +53,73 @@ class Client:
         ClientError: by every method, when the service refuses; it names field, value and way out.
     """
 
-    def __init__(self, url: str, *, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
-        """Open nothing yet.
+    def submit(self, document: Mapping[str, JsonValue], *, key: str | None = None) -> Job:
+        """Hand in a submission, such as `{"dataset": "digits", "ipc": 1}`; it makes one job, however often it has to be sent.
 
         Args:
-            url: of the API, such as http://127.0.0.1:8000.
-            key: of the API (`ncfm_...`), where it asks for one.
-            transport: in place of the network.
+            document: the spec, and beside it `priority` and `labels`.
+            key: Idempotency-Key; a new one by default.
         """
-        self.url = url.rstrip("/")
-        if key is not None and not (key.isascii() and key.isprintable() and key.strip()):
-            raise ClientError.of("NCFM_API_KEY", None, "not a key of the API", "`ncfm keys create` makes one.")
-        try:
-            self._http = httpx.Client(
-                base_url=self.url,
-                headers={} if key is None else {"Authorization": f"Bearer {key.strip()}"},
-                timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-                transport=transport,
-                # A proxy cannot see this machine's loopback.
-                trust_env=httpx.URL(self.url).host not in ("127.0.0.1", "localhost", "::1"),
-            )
-        except (httpx.InvalidURL, ValueError) as error:
-            raise ClientError.of("url", url, f"not an address: {error}", "Try http://127.0.0.1:8000.") from error
+        return self._make("/jobs", document, key)
 
-    def __enter__(self) -> Self:
-        return self
+    def rerun(
+        self,
+        job_id: str,
+        overrides: Mapping[str, JsonValue] | None = None,
+        *,
+        priority: int | None = None,
+        labels: Mapping[str, str] | None = None,
+        key: str | None = None,
+    ) -> Job:
+        """A new job from what another one was asked for.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._http.close()
+        Args:
+            job_id: of the other one.
+            overrides: merge patch of its submission.
+            priority: of the new job; the other one's by default.
+            labels: of the new job; the other one's by default.
+            key: Idempotency-Key; a new one by default.
+        """
+        given = {"overrides": overrides, "priority": priority, "labels": labels}
+        wishes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return self._make(_path(job_id, "rerun"), wishes, key)
 
-    def submit(self, document: Mapping[str, JsonValue]) -> Job:
-        """Hand in a submission, such as `{"dataset": "digits", "ipc": 1}`."""
-        try:
-            body = json.dumps(dict(document), allow_nan=False)
-        except ValueError as error:
-            raise ClientError.of("spec", None, f"cannot be sent: {error}", "Numbers must be finite.") from None
-        return self._get(Job, "POST", "/jobs", content=body, headers={"Content-Type": "application/json"})
+    def validate(self, document: Mapping[str, JsonValue]) -> Forecast:
+        """What would become of a submission; nothing is kept."""
+        return self._get(Forecast, "POST", "/jobs/validate", content=_encode(document), headers=JSON)
 
-    def jobs(self, *, limit: int = 50, cursor: str | None = None) -> tuple[list[Job], str | None]:
-        """A page of jobs, newest first, and where the next one starts."""
-        params = {"limit": str(limit)} | ({"cursor": cursor} if cursor else {})
+    def jobs(
+        self,
+        *,
+        limit: int = 50,
+        cursor: str | None = None,
+        filters: Mapping[str, str | Sequence[str]] | None = None,
+    ) -> tuple[list[JobSummary], str | None]:
+        """A page of jobs, and where the next one starts.
+
+        Args:
+            limit: most jobs of the page.
+            cursor: where the page starts: belongs to the filters of the page before.
+            filters: `state`, `dataset`, `method`, `owner`, `label` (`key:value`), `created_after`, `created_before`, `order`.
+        """
+        params: dict[str, Any] = {"limit": str(limit)} | dict(filters or {}) | ({"cursor": cursor} if cursor else {})
         page = self._get(JobPage, "GET", "/jobs", params=params)
         return list(page.items), page.next
+
+    def change(
+        self, job_id: str, *, priority: int | None = None, labels: Mapping[str, str | None] | None = None
+    ) -> Job:
+        """Change the priority of a queued job, or labels, of which None takes one away."""
+        given = {"priority": priority, "labels": labels}
+        wishes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return self._get(Job, "PATCH", _path(job_id), content=_encode(wishes), headers=JSON)
+
+    def delete(self, job_id: str) -> None:
+        """Take a job that has ended out of the lists."""
+        self._ask("DELETE", _path(job_id))
+
+    def attempts(self, job_id: str) -> list[Attempt]:
+        return list(self._get(AttemptPage, "GET", _path(job_id, "attempts")).items)
 
     def job(self, job_id: str) -> Job:
         return self._get(Job, "GET", _path(job_id))
@@ -105,8 +132,18 @@ class Client:
             yield from page.items
             after = page.next
 
-    def cancel(self, job_id: str) -> Job:
-        return self._get(Job, "POST", _path(job_id, "cancel"))
+    def cancel(
+        self,
+        job_id: str,
+        *,
+        mode: Literal["graceful", "force"] = "graceful",
+        checkpoint: bool = False,
+        grace_seconds: float | None = None,
+    ) -> Job:
+        """Ask for the end of a job; a second request may only make a graceful end a forced one."""
+        wish: dict[str, JsonValue] = {"mode": mode, "checkpoint": checkpoint}
+        wish |= {} if grace_seconds is None else {"grace_seconds": grace_seconds}
+        return self._get(Job, "POST", _path(job_id, "cancel"), content=_encode(wish), headers=JSON)
 
     def logs(self, job_id: str) -> str:
         """What the driver of the last attempt has printed."""
@@ -200,23 +237,51 @@ class Client:
                     return job
             time.sleep(poll_s)
 
-    def _get(self, kind: type[T], method: str, path: str, **options: Any) -> T:
-        response = self._ask(method, path, **options)
-        try:
-            return TypeAdapter(kind).validate_json(response.content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise self._stranger(f"{kind.__name__}.{where}: {first['msg']}") from None
+    def watch(self, job_id: str, *, patience_s: float = PATIENCE_S) -> Iterator[Job]:
+        """The job as it is now and after each change, by a stream of its events, to its end.
 
-    def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
-        try:
-            response = self._http.request(method, path, **options)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise self._away(error) from error
-        if not response.is_success:
-            raise self._refusal(response)
-        return response
+        Raises:
+            ServiceAway: the service has been away for longer than `patience_s`.
+        """
+        job = self.job(job_id)
+        yield job
+        if job.is_final:
+            return
+        for message in self._messages(_path(job_id, "events"), {}, patience_s=patience_s):
+            if message.event == "progress":
+                job = job.model_copy(update={"progress": self._read(Progress, message.data)})
+            else:
+                job = self._patiently(lambda: self.job(job_id), patience_s)
+            yield job
+            if job.is_final:
+                return
+
+    def follow_log(self, job_id: str, *, attempt: int | None = None, patience_s: float = PATIENCE_S) -> Iterator[str]:
+        """The lines of a job's log, as they come, over all attempts from the current one on.
+
+        Args:
+            job_id: of the job.
+            attempt: only this one.
+            patience_s: how long the service may be away.
+        """
+        number = attempt or max(1, self.job(job_id).attempt)
+        while True:
+            end = End(state=None)
+            params = {"attempt": str(number)}
+            for message in self._messages(_path(job_id, "logs"), params, patience_s=patience_s):
+                if message.event == "end":
+                    end = self._read(End, message.data)
+                else:
+                    yield f"{message.data}\n"
+            if attempt is not None or end.state is None or end.state in FINAL or end.attempt <= number:
+                return
+            number = end.attempt
+
+    def _make(self, path: str, document: Mapping[str, JsonValue], key: str | None) -> Job:
+        """A request that makes a job: sent again, under one key, until it is answered or too much time has passed."""
+        headers = JSON | {"Idempotency-Key": key or uuid.uuid4().hex}
+        body = _encode(document)
+        return self._patiently(lambda: self._get(Job, "POST", path, content=body, headers=headers), RETRY_S)
 
     def _fetch(self, path: str, to: Path) -> Path:
         draft = to.with_name(f".{to.name}.part")
@@ -237,19 +302,12 @@ class Client:
             raise ClientError.of("path", str(to), f"cannot be written: {error.strerror}", "Choose another.") from error
         return to
 
-    def _away(self, error: Exception) -> ServiceAway:
-        why = str(error) or type(error).__name__
-        return ServiceAway.of("url", self.url, f"no service answers: {why}", "Is it running? See `ncfm status`.")
 
-    def _stranger(self, what: str) -> ClientError:
-        return ClientError.of("url", self.url, f"not the API of this service ({what})", "Check the address.")
-
-    def _refusal(self, response: httpx.Response) -> ClientError:
-        try:
-            document = TypeAdapter(dict[str, JsonValue]).validate_json(response.content)
-        except ValidationError:
-            return self._stranger(f"{response.request.url.path} answers {response.status_code}")
-        return ClientError(*problems_of(document))
+def _encode(document: Mapping[str, JsonValue]) -> str:
+    try:
+        return json.dumps(dict(document), allow_nan=False)
+    except ValueError as error:
+        raise ClientError.of("spec", None, f"cannot be sent: {error}", "Numbers must be finite.") from None
 
 
 def _path(job_id: str, *parts: str) -> str:

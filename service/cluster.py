@@ -6,12 +6,12 @@ Losing contact is not a job's failure, so "Ray cannot be asked" is one error of 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeVar
-from urllib.parse import quote
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+from urllib.parse import quote, urlencode
 
 import httpx
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError
 
 from ncfm_core.errors import NcfmError, shorten
 from service.settings import Settings
@@ -23,7 +23,8 @@ CONNECT_TIMEOUT_S = 2.0
 READ_TIMEOUT_S = 5.0
 SUBMIT_TIMEOUT_S = 15.0
 """Ray itself waits up to 10 s for an agent that can take a submission."""
-MAX_NODES = 10_000
+MAX_ROWS = 10_000
+"""As many as Ray's state API gives at once."""
 
 T = TypeVar("T")
 
@@ -60,12 +61,19 @@ class Capacity:
 
     cpus: float
     gpus: float
+    nodes: tuple[Mapping[str, JsonValue], ...] = field(default=(), compare=False)
+    """The nodes, as far as a person wants to know them."""
+
+
+class _Driver(BaseModel):
+    id: str
 
 
 class _JobDetails(BaseModel):
     status: Status
     message: str | None = None
     driver_exit_code: int | None = None
+    driver_info: _Driver | None = None
 
 
 class _Logs(BaseModel):
@@ -74,20 +82,51 @@ class _Logs(BaseModel):
 
 class _Node(BaseModel):
     state: str
+    node_id: str = ""
+    node_ip: str = ""
+    is_head_node: bool = False
     resources_total: dict[str, float] = Field(default_factory=dict)
 
+    def shown(self) -> dict[str, JsonValue]:
+        resources = {"cpus": self.resources_total.get("CPU", 0.0), "gpus": self.resources_total.get("GPU", 0.0)}
+        memory = self.resources_total.get("memory")
+        return {
+            "id": self.node_id,
+            "address": self.node_ip,
+            "head": self.is_head_node,
+            "memory_bytes": memory,
+            **resources,
+        }
 
-class _NodeList(BaseModel):
-    result: list[_Node]
+
+class _Row(BaseModel):
+    """A task, an actor or a worker: what they have in common."""
+
+    node_id: str | None = None
+    worker_id: str | None = None
+    worker_pid: int | None = None
+    pid: int | None = None
+    ip: str | None = None
+    worker_type: str | None = None
+
+    @property
+    def process(self) -> int | None:
+        return self.pid or self.worker_pid
 
 
-class _NodeData(BaseModel):
-    result: _NodeList
+class _List(BaseModel, Generic[T]):
+    result: list[T]
 
 
-class _NodeReply(BaseModel):
+class _Data(BaseModel, Generic[T]):
+    result: _List[T]
+
+
+class _Reply(BaseModel, Generic[T]):
+    """Of the state API."""
+
     result: Literal[True]
-    data: _NodeData
+    data: _Data[T]
 
 
 class _TokenAuth(httpx.Auth):
@@ -186,15 +225,45 @@ class Cluster:
 
     def capacity(self) -> Capacity:
         """What the cluster has in all."""
-        reply = self._parse(self._ask("GET", f"/api/v0/nodes?limit={MAX_NODES}"), _NodeReply)
-        alive = [node.resources_total for node in reply.data.result.result if node.state == "ALIVE"]
+        reply = self._parse(self._ask("GET", f"/api/v0/nodes?limit={MAX_ROWS}"), _Reply[_Node])
+        alive = [node for node in reply.data.result.result if node.state == "ALIVE"]
         if not alive:
             # A head that has just started lists no node: that is not an empty cluster.
             raise self._unreachable("no node has joined it yet")
         return Capacity(
-            cpus=sum(resources.get("CPU", 0.0) for resources in alive),
-            gpus=sum(resources.get("GPU", 0.0) for resources in alive),
+            cpus=sum(node.resources_total.get("CPU", 0.0) for node in alive),
+            gpus=sum(node.resources_total.get("GPU", 0.0) for node in alive),
+            nodes=tuple(node.shown() for node in alive),
         )
+
+    def remains(self, submission_id: str) -> tuple[str, ...]:
+        """Processes of a submission that still live by Ray's own account: its driver, and all that ran its tasks and actors.
+
+        The end of a driver is not the end of its workers: Ray ends them afterwards, on every node.
+        """
+        response = self._ask("GET", _job_path(submission_id))
+        if _is_unknown_job(response):
+            return ()
+        driver = self._parse(response, _JobDetails).driver_info
+        if driver is None:
+            # It never joined the cluster, so it has had no workers.
+            return ()
+        known = [row for kind in ("tasks", "actors") for row in self._rows(kind, "job_id", driver.id)]
+        workers = {row.worker_id for row in known if row.worker_id}
+        processes = {(row.node_id, row.process) for row in known if row.node_id and row.process}
+        return tuple(
+            f"{(row.worker_type or 'worker').lower()} {row.pid} on {row.ip or row.node_id}"
+            for row in self._rows("workers", "is_alive", "true")
+            # A driver's own id begins with that of its job.
+            if row.worker_id in workers
+            or (row.node_id, row.process) in processes
+            or row.worker_id == driver.id.ljust(len(row.worker_id or ""), "f")
+        )
+
+    def _rows(self, kind: str, key: str, value: str) -> list[_Row]:
+        query = {"filter_keys": key, "filter_predicates": "=", "filter_values": value, "limit": str(MAX_ROWS)}
+        reply = self._parse(self._ask("GET", f"/api/v0/{kind}?{urlencode(query)}"), _Reply[_Row])
+        return reply.data.result.result
 
     def logs(self, submission_id: str) -> str:
         """What the driver has printed so far; empty where Ray knows no such submission."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from pydantic_core import from_json, to_json
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -15,7 +18,10 @@ from ncfm_core.errors import NcfmError
 from service.schema import SCHEMA, revision_of, upgrade
 
 BUSY_TIMEOUT_MS = 20_000
-"""How long a writer waits for another one."""
+"""How long a writer waits for another one, and any statement of PostgreSQL's may take."""
+IDLE_TIMEOUT_MS = 60_000
+"""A transaction of a process that was stopped in the middle of it holds its locks at most this long."""
+CONNECT_TIMEOUT_S = 3
 
 
 class StoreError(NcfmError):
@@ -45,8 +51,7 @@ class Database:
         """
         self.engine = _open_engine(url)
         self._writer = self.engine.execution_options(ncfm_write=True)
-        with self.reading() as connection:
-            found = revision_of(connection)
+        found = self.revision()
         if found is None:
             self.upgrade()
         elif found != SCHEMA:
@@ -64,6 +69,30 @@ class Database:
         """The URL without its password."""
         return self.engine.url.render_as_string(hide_password=True)
 
+    def revision(self) -> str | None:
+        """The schema that it has; None where it is empty."""
+        with self.reading() as connection:
+            return revision_of(connection)
+
+    def copy_beside(self, mark: str) -> str:
+        """Copy a SQLite file to one beside it with a mark in its name, and return that; empty where there is no file.
+
+        A copy that is there already is from an upgrade that broke off: it stays.
+        """
+        file = self.engine.url.database
+        if self.engine.dialect.name != "sqlite" or file is None:
+            return ""
+        target = Path(f"{file}.{mark}")
+        if not target.exists():
+            with self._translated():
+                raw = self.engine.raw_connection()
+                try:
+                    # Below SQLAlchemy, which would begin a transaction first.
+                    raw.cursor().execute("VACUUM INTO ?", (str(target),))
+                finally:
+                    raw.close()
+        return str(target)
+
     def upgrade(self) -> tuple[str | None, str]:
         """Bring it to this release's schema; the revisions before and after."""
         with self.writing() as connection:
@@ -71,6 +100,12 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -106,6 +141,12 @@ def open_unchecked(url: str) -> Database:
     return database
 
 
+def insert_missing(connection: Connection, table: Table, **values: object) -> None:
+    """Insert a row unless there is one of its key, also where another process does the same at this moment."""
+    kind = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    connection.execute(kind(table).values(**values).on_conflict_do_nothing())
+
+
 def clock(connection: Connection) -> float:
     """The database's time, in seconds: the one clock that all processes share."""
     if connection.dialect.name == "sqlite":
@@ -122,13 +163,56 @@ def _open_engine(url: str) -> Engine:
             if parsed.database in (None, "", ":memory:"):
                 raise ArgumentError("a database in memory cannot be shared by the service's processes")
             Path(str(parsed.database)).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        # As many connections as the API has threads: none of them waits for a connection.
-        engine = create_engine(parsed, pool_size=10, max_overflow=40, pool_pre_ping=True)
+        engine = create_engine(
+            parsed,
+            pool_pre_ping=True,
+            json_serializer=_to_json,
+            json_deserializer=from_json,
+            **_pool_and_timeouts(parsed),
+        )
     except (ArgumentError, ModuleNotFoundError, OSError, TypeError) as error:
         raise unavailable(url, error) from error
     if engine.dialect.name == "sqlite":
         _prepare_sqlite(engine)
     return engine
+
+
+def _to_json(value: object) -> str:
+    """JSON that both engines take: PostgreSQL has neither NaN nor half a surrogate pair, and drivers may say either."""
+    try:
+        written = json.dumps(value, allow_nan=False)
+    except ValueError:
+        written = to_json(value, inf_nan_mode="null").decode()
+    if "\\ud" in written:
+        written = json.dumps(value, ensure_ascii=False).encode(errors="replace").decode()
+    return written
+
+
+def _pool_and_timeouts(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() != "postgresql":
+        # As many connections as the API has threads: none of them waits for a connection.
+        return {"pool_size": 10, "max_overflow": 40}
+    # A server has 100 connections as it comes, and several processes share them.
+    limits = {
+        "statement_timeout": BUSY_TIMEOUT_MS,
+        "lock_timeout": BUSY_TIMEOUT_MS,
+        "idle_in_transaction_session_timeout": IDLE_TIMEOUT_MS,
+    }
+    arguments: dict[str, Any] = {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "tcp_user_timeout": BUSY_TIMEOUT_MS,
+        "application_name": "ncfm",
+        "options": " ".join(f"-c {name}={value}" for name, value in limits.items()),
+    }
+    # What the URL says goes first.
+    arguments = {name: value for name, value in arguments.items() if name not in url.query}
+    return {
+        "pool_size": 10,
+        "max_overflow": 10,
+        "pool_timeout": BUSY_TIMEOUT_MS / 1000,
+        "isolation_level": "READ COMMITTED",
+        "connect_args": arguments,
+    }
 
 
 def _prepare_sqlite(engine: Engine) -> None:
@@ -163,6 +247,8 @@ def unavailable(url: str, error: Exception) -> StoreError:
     if any(words in str(cause) for words in FULL):
         return StoreFullError.of("NCFM_DATABASE_URL", shown, said, "Make room; nothing that was accepted is lost.")
     hint = "Name a file as sqlite:////absolute/path.db, in a folder that may be written."
+    if "malformed" in str(cause):
+        hint = "The file is damaged: stop the service, keep the file, and `ncfm restore` the last backup."
     if shown.startswith("postgresql"):
         hint = "Is the server up? Name it as postgresql://user:password@host:5432/database."
     return StoreError.of("NCFM_DATABASE_URL", shown, f"the database cannot be used: {said}", hint)

@@ -77,6 +77,10 @@ class Reason(StrEnum):
     """Ray has forgotten the attempt, as after a restart of its head."""
     ATTEMPT_FAILED = "attempt_failed"
     """The attempt failed for a cause that may pass, such as storage that was away."""
+    STORAGE_FULL = "storage_full"
+    """There is no room in the storage root; it goes on once there is."""
+    STORAGE_UNAVAILABLE = "storage_unavailable"
+    """The storage root cannot be read or written."""
     INTERNAL = "internal"
     """Our own fault."""
     REQUESTED = "requested"
@@ -112,6 +116,27 @@ class Progress(Value):
     total: int
     unit: str
     """What is counted: `step`, `epoch`, `student`."""
+    updated_at: datetime | None = None
+    """When the driver last got further."""
+    since: datetime | None = None
+    """When this stage was first seen, or began again after a loss."""
+    since_completed: int = 0
+    """What was completed then: a stage that goes on from a checkpoint does not begin at zero."""
+
+    @property
+    def percent(self) -> float | None:
+        """Of this stage; None where the total is not known."""
+        return round(100 * min(1.0, self.completed / self.total), 1) if self.total > 0 else None
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """What is left of this stage at its rate so far; None before a rate is known."""
+        if self.updated_at is None or self.since is None or self.total <= 0:
+            return None
+        elapsed, done = (self.updated_at - self.since).total_seconds(), self.completed - self.since_completed
+        if elapsed <= 0 or done <= 0:
+            return None
+        return round(max(0, self.total - self.completed) * elapsed / done, 1)
 
 
 class Result(Value):
@@ -300,8 +325,29 @@ def moves_table() -> str:
     return "\n".join(["| from | to |", "|---|---|", *rows])
 
 
-def progress_of(status: AttemptStatus) -> Progress:
-    return Progress(stage=status.stage, completed=status.completed, total=status.total, unit=status.unit)
+def progress_of(status: AttemptStatus, before: Progress | None = None) -> Progress:
+    """What a driver's status says of the current stage.
+
+    Args:
+        status: the newest one.
+        before: the progress so far: it holds since when the stage runs.
+    """
+    seen = (status.stage, status.completed, status.total, status.unit)
+    if before is not None and seen == (before.stage, before.completed, before.total, before.unit):
+        return before
+    goes_on = before is not None and before.stage == status.stage and before.completed <= status.completed
+    since, base = (before.since, before.since_completed) if before and goes_on else (None, 0)
+    if since is None:
+        since, base = status.heartbeat_at, status.completed
+    return Progress(
+        stage=status.stage,
+        completed=status.completed,
+        total=status.total,
+        unit=status.unit,
+        updated_at=status.heartbeat_at,
+        since=since,
+        since_completed=base,
+    )
 
 
 def result_of(attempt: AttemptResult) -> Result:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, select, update
 
 from ncfm_core.errors import NcfmError
-from service.database import Database, clock
+from service.database import Database, clock, insert_missing
 from service.tables import leases
 
 CONTROLLER_LEASE = "controller"
@@ -47,12 +47,10 @@ def acquire(database: Database, holder: str, *, seconds: float, name: str = CONT
         The lease as it now is: ours if its holder is we.
     """
     with Database.writing(database) as connection:
+        insert_missing(connection, leases, name=name, holder="", token=0, expires_at=0.0)
+        row = connection.execute(select(leases).where(leases.c.name == name).with_for_update()).one()
+        # Once the row is ours to change: waiting for it takes time.
         at = clock(connection)
-        row = connection.execute(select(leases).where(leases.c.name == name).with_for_update()).one_or_none()
-        if row is None:
-            values = {"name": name, "holder": holder, "token": 1, "expires_at": at + seconds}
-            connection.execute(insert(leases).values(values))
-            return Lease(holder, 1, seconds)
         if row.holder != holder and row.expires_at > at:
             return Lease(row.holder, row.token, row.expires_at - at)
         token = row.token if row.holder == holder else row.token + 1

@@ -30,6 +30,18 @@ class Progress(Reply):
     completed: int = 0
     total: int = 0
     unit: str = ""
+    percent: float | None = None
+    eta_seconds: float | None = None
+    """Until the end of the stage; None where it is not known."""
+
+
+class Queue(Reply):
+    """Where a queued job stands."""
+
+    position: int
+    """1 goes next."""
+    reason: str | None = None
+    message: str = ""
 
 
 class Result(Reply):
@@ -42,32 +54,57 @@ class Result(Reply):
     seconds: dict[str, float] = Field(default_factory=dict)
 
 
-class Job(Reply):
-    """A job as the API shows it."""
+class JobHead(Reply):
+    """What a job and its summary have in common."""
 
     id: str
     state: str
     reason: str | None = None
     message: str = ""
+    owner: str = ""
+    priority: int = 50
+    labels: dict[str, str] = Field(default_factory=dict)
+    progress: Progress | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.state in FINAL
+
+
+class JobSummary(JobHead):
+    """A job as lists have it."""
+
+    dataset: str = ""
+    ipc: int | None = None
+    method: str = ""
+    accuracy: Accuracy | None = None
+
+    @property
+    def title(self) -> str:
+        """Data set and IPC, as `digits ipc 1`."""
+        return f"{self.dataset} ipc {self.ipc}"
+
+
+class Job(JobHead):
+    """A job as the API shows it."""
+
     spec: dict[str, JsonValue] = Field(default_factory=dict)
     requested: dict[str, JsonValue] = Field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     attempt: int = 0
-    progress: Progress | None = None
+    parent_id: str | None = None
+    queue: Queue | None = None
     stages: dict[str, str] = Field(default_factory=dict)
     """Stage name to `pending`, `running`, `cached` or `done`."""
     result: Result | None = None
     error: dict[str, JsonValue] | None = None
     mlflow_run_id: str | None = None
     mlflow_url: str | None = None
-    created_at: datetime
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
+    actions: tuple[str, ...] = ()
     links: dict[str, str | None] = Field(default_factory=dict)
-
-    @property
-    def is_final(self) -> bool:
-        return self.state in FINAL
 
     @property
     def title(self) -> str:
@@ -98,6 +135,57 @@ class Artifact(Reply):
     sha256: str
 
 
+class Attempt(Reply):
+    """One attempt at a job."""
+
+    number: int
+    started_at: datetime
+    ended_at: datetime | None = None
+    outcome: str | None = None
+    reason: str | None = None
+    message: str = ""
+
+
+class StageForecast(Reply):
+    stage: str
+    name: str
+    key: str | None = None
+    state: str
+    """`cached`, `missing` or `unknown`."""
+    why: str = ""
+
+
+class Estimate(Reply):
+    available: bool
+    seconds: float | None = None
+    text: str = ""
+    basis: str = ""
+    reason: str = ""
+    """Why there is none."""
+
+
+class Forecast(Reply):
+    """What would become of a submission."""
+
+    spec: dict[str, JsonValue]
+    digest: str
+    stages: tuple[StageForecast, ...]
+    estimate: Estimate
+    warnings: tuple[str, ...] = ()
+
+
+class End(Reply):
+    """Last message of a stream."""
+
+    state: str | None
+    """Of the job; None where it has been deleted."""
+    attempt: int = 0
+
+
+class AttemptPage(Reply):
+    items: tuple[Attempt, ...]
+
+
 class Upload(Reply):
     """An uploaded archive of images."""
 
@@ -120,7 +208,7 @@ class UploadPage(Reply):
 
 
 class JobPage(Reply):
-    items: tuple[Job, ...]
+    items: tuple[JobSummary, ...]
     next: str | None = None
 
 

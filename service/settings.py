@@ -11,6 +11,8 @@ from pydantic_settings import NoDecode
 from ncfm_core.errors import NcfmError, Problem, shorten
 from worker.settings import Surroundings, listed
 
+Days = Annotated[float, Field(ge=0, le=100_000)]
+
 
 class Settings(Surroundings):
     """What api, controller and the embedded stack need beyond the worker's surroundings."""
@@ -43,10 +45,30 @@ class Settings(Surroundings):
     """The interpreter of a driver, as found on the cluster's nodes."""
     max_running_jobs: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Jobs on the cluster at once, at most."""
+    max_running_per_owner: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """The same for the jobs of one owner; none for no such limit."""
     max_infra_retries: Annotated[int, Field(ge=0, le=1000)] = 10
     """New attempts after losses that are not the user's fault."""
+    max_error_retries: Annotated[int, Field(ge=0, le=1000)] = 3
+    """New attempts after errors of the attempt itself that may pass."""
     poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5
     """Pause between two rounds of the controller."""
+    lease_seconds: Annotated[float, Field(ge=0.5, le=3600)] = 15.0
+    """Without a sign from the active controller for this long, another one takes over."""
+    crash_at: str = ""
+    """For tests alone: the point at which the controller ends itself as kill -9 would (service/controller/crash_points.py)."""
+    keep_events_days: Days = 30
+    """Events of a job that has ended, other than the last ones."""
+    keep_deleted_days: Days = 7
+    """Rows and files of a job that was deleted."""
+    keep_keys_hours: Annotated[float, Field(ge=1, le=10_000)] = 72
+    """How long a repeated request is known by its Idempotency-Key."""
+    keep_audit_days: Days = 90
+    """What was done by whom."""
+    keep_temporary_days: Days = 1
+    """Objects that no result and no job refers to, as a killed attempt leaves them."""
+    keep_cache_days: Days | None = None
+    """Stage results that no job refers to; for ever, unless set."""
 
     @property
     def database(self) -> str:

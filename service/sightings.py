@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 
 from pydantic import JsonValue
-from sqlalchemy import insert, select, update
+from sqlalchemy import select, update
 
-from service.database import Database
+from service.database import Database, insert_missing
 from service.tables import cluster
 
 
@@ -36,13 +36,14 @@ class Sightings(Database):
     def see(self, sighting: Sighting) -> None:
         """Replace what is known of the cluster; totals that are None leave the last ones standing."""
         with self.writing() as connection:
-            row = connection.execute(select(cluster)).one_or_none()
+            row = connection.execute(select(cluster).with_for_update()).one_or_none()
             if sighting.cpus is None and row is not None:
                 sighting = replace(sighting, cpus=row.cpus, gpus=row.gpus, seen_at=row.seen_at, nodes=tuple(row.nodes))
             values = asdict(sighting) | {"nodes": [dict(node) for node in sighting.nodes]}
-            connection.execute(
-                insert(cluster).values(id=1, **values) if row is None else update(cluster).values(values)
-            )
+            if row is None:
+                insert_missing(connection, cluster, id=1, **values)
+            else:
+                connection.execute(update(cluster).values(values))
 
     def sighting(self) -> Sighting | None:
         with self.reading() as connection:

@@ -111,7 +111,7 @@ class Store(Sightings):
         """
         job = job.model_copy(update={"version": 1, "event_seq": 1})
         known = None if key is None else self._known(key)
-        while known is None:
+        if known is None:
             try:
                 with self.writing() as connection:
                     if key is not None:
@@ -121,11 +121,11 @@ class Store(Sightings):
                     _append(connection, job, "created", {"state": str(job.state)}, job.created_at, actor)
                 return job, True
             except StoreError as error:
-                # Somebody sent the same key at the same moment, and was first.
-                if key is None or not isinstance(error.__cause__, IntegrityError):
+                # Somebody sent the same key at the same moment, and was first; else another try would fail again.
+                known = self._known(key) if key and isinstance(error.__cause__, IntegrityError) else None
+                if known is None:
                     raise
-                known = self._known(key)
-        assert key is not None
+        assert key is not None and known is not None
         if known.fingerprint != key.fingerprint:
             raise KeyReused.of(
                 "Idempotency-Key",
@@ -172,7 +172,7 @@ class Store(Sightings):
             wanted: which jobs.
             order: which end comes first.
         """
-        query = _filtered(select(jobs), wanted or Filter()).limit(limit)
+        query = filtered(select(jobs), wanted or Filter()).limit(limit)
         query = query.order_by(jobs.c.id.desc() if order == "newest" else jobs.c.id)
         if before is not None:
             query = query.where(jobs.c.id < before)
@@ -194,12 +194,10 @@ class Store(Sightings):
         if except_owners:
             query = query.where(jobs.c.owner.not_in(except_owners))
         with self.reading() as connection:
-            rows = [
-                row
-                for condition in (jobs.c.reason != Reason.EXCEEDS_CLUSTER, jobs.c.reason == Reason.EXCEEDS_CLUSTER)
-                for row in connection.execute(query.where(condition))
-            ]
-        return sorted((_job(row) for row in rows), key=lambda job: (job.rank, job.id))
+            exceeds = jobs.c.reason.is_not_distinct_from(Reason.EXCEEDS_CLUSTER)
+            # By id, since a job may change between the two.
+            rows = {row.id: row for each in (~exceeds, exceeds) for row in connection.execute(query.where(each))}
+        return sorted((_job(row) for row in rows.values()), key=lambda job: (job.rank, job.id))
 
     def position(self, job: Job) -> int:
         """How many queued jobs go before this one."""
@@ -244,6 +242,7 @@ class Store(Sightings):
         reason: Reason | None = None,
         message: str = "",
         actor: Actor = CONTROLLER,
+        detail: Mapping[str, JsonValue] | None = None,
         **changes: object,
     ) -> Job | None:
         """Move a job, unless somebody changed it since it was read.
@@ -254,6 +253,7 @@ class Store(Sightings):
             reason: why.
             message: a sentence for a person.
             actor: who moves it.
+            detail: more for the event's data.
             changes: other fields of the job to set in the same transaction.
 
         Returns:
@@ -275,6 +275,7 @@ class Store(Sightings):
             "reason": str(reason) if reason else None,
             "message": message,
             "attempt": moved.attempt,
+            **(detail or {}),
         }
         return self._change(moved, "state", data, at, actor)
 
@@ -326,7 +327,8 @@ class Store(Sightings):
         return changed
 
 
-def _filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
+def filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
+    """A query of jobs, narrowed to the wanted ones that are not deleted."""
     query = query.where(jobs.c.deleted_at.is_(None))
     if wanted.states:
         query = query.where(jobs.c.state.in_(wanted.states))
@@ -353,13 +355,15 @@ def _keep_attempt(connection: Connection, job: Job, at: datetime, fence: int) ->
         connection.execute(
             update(attempts)
             .where(attempts.c.job_id == job.id, attempts.c.number == job.attempt, attempts.c.ended_at.is_(None))
-            .values(ended_at=at, outcome=outcome, reason=job.reason, message=job.message)
+            .values(ended_at=at, outcome=outcome, reason=job.reason, message=_row(job)["message"])
         )
 
 
 def _row(job: Job) -> dict[str, Any]:
     """A job as column values: JSON columns get plain JSON, times stay times."""
-    plain = job.model_dump(mode="json")
+    # PostgreSQL keeps no NUL, and neither engine half a surrogate pair: what a driver says may hold either.
+    message = job.message.encode(errors="replace").decode().replace("\0", "?")
+    plain = job.model_dump(mode="json", exclude={"message"}) | {"message": message}
     derived = {name: getattr(job, name) for name in ("rank", "dataset", "method", "spec_digest")}
     return {
         column.name: derived[column.name]
@@ -372,7 +376,10 @@ def _row(job: Job) -> dict[str, Any]:
 
 
 def _job(row: Row[Any]) -> Job:
-    return Job.model_validate(row._asdict())
+    fields = row._asdict()
+    # They were checked when they came, and are two thirds of the work.
+    plain = {name: fields.pop(name) for name in ("requested", "spec")}
+    return Job.model_validate(fields | {name: {} for name in plain}).model_copy(update=plain)
 
 
 def _append(

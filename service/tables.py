@@ -82,6 +82,10 @@ jobs = Table(
     Index("jobs_by_rank", "state", "rank", "id"),
     Index("jobs_by_owner", "owner", "id"),
     Index("jobs_by_publication", "publication", "publish_at"),
+    Index("jobs_by_dataset", "dataset", "id"),
+    Index("jobs_by_method", "method", "id"),
+    Index("jobs_by_end", "finished_at", "id"),
+    Index("jobs_by_count", "state", "owner", "deleted_at"),
 )
 
 attempts = Table(

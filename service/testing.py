@@ -47,6 +47,8 @@ class InMemoryCluster:
     """What Ray knows now."""
     stops: list[str] = field(default_factory=list)
     """Every request to stop."""
+    left: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Processes that outlive their driver, by submission id."""
 
     def submit(
         self, submission_id: str, entrypoint: str, *, env: Mapping[str, str], metadata: Mapping[str, str]
@@ -67,6 +69,10 @@ class InMemoryCluster:
         self.stops.append(submission_id)
         if self.stops_at_once and submission_id in self.jobs and not self.jobs[submission_id].is_terminal:
             self.end(submission_id, "STOPPED", exit_code=None)
+
+    def remains(self, submission_id: str) -> tuple[str, ...]:
+        self._ask()
+        return self.left.get(submission_id, ())
 
     def capacity(self) -> Capacity:
         self._ask()
@@ -132,6 +138,12 @@ class FakeDriver:
         error = ErrorRecord(code=code, problems=(Problem("dataset", "", message).as_dict(),))
         word = self._last_word() | {"outcome": "failed", "error": error, "retryable": retryable}
         return self._end(AttemptResult.model_validate(word))
+
+    def stopped(self) -> AttemptResult:
+        """Leave word that it ended because it was asked to."""
+        return self._end(
+            AttemptResult.model_validate(self._last_word() | {"outcome": "stopped", "publication": "done"})
+        )
 
     def _last_word(self) -> dict[str, object]:
         return {

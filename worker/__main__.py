@@ -1,4 +1,4 @@
-"""`python -m worker run SPEC` and `plan SPEC`: the only entry, for people, `ray job submit` and the controller."""
+"""`python -m worker run|plan|publish SPEC`: the only entry, for people, `ray job submit` and the controller."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from types import FrameType
 from typing import NoReturn
 
 from pydantic import JsonValue, ValidationError
 
-from ncfm_core.errors import NcfmError, Problem, ResourcesError, SpecError
-from worker.records import EXIT_USER_ERROR
+from ncfm_core.errors import DamagedError, NcfmError, Problem, ResourcesError, SpecError, StorageError
+from worker.records import EXIT_USER_ERROR, now
 from worker.settings import Surroundings, prepare_own_ray, ray_address
 from worker.spec_file import load_spec
 from worker.storage import Storage
 
+RUN_STATUSES = ("FINISHED", "FAILED", "KILLED")
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """It becomes part of paths in the storage root."""
 
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         surroundings = _surroundings(options)
         if options.command == "plan":
             return _plan(options, surroundings)
+        if options.command == "publish":
+            return _publish(options, surroundings)
         return _run(options, surroundings, stop)
     except NcfmError as error:
         for problem in error.problems:
@@ -65,16 +69,21 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("run", "carry a job out on the Ray cluster at RAY_ADDRESS, or on one started for it"),
         ("plan", "show the stages of a job with the keys of their results; nothing is computed"),
+        ("publish", "bring the MLflow run of an attempt that has ended to its end, from what is stored"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("spec", help="YAML or JSON file of a submission, or storage:jobs/<id>/spec.json")
         command.add_argument("--storage", help="storage root: a folder or a URL (default: NCFM_STORAGE)")
         command.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         command.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE")
-    run = commands.choices["run"]
+    run, publish = commands.choices["run"], commands.choices["publish"]
     run.add_argument("--job-id", help="id of the job (default: a new one)")
-    run.add_argument("--attempt", type=int, default=1, help="number of the attempt at it")
-    run.add_argument("--mlflow", help="MLflow server (default: NCFM_MLFLOW_URL)")
+    run.add_argument("--started-at", help="when the job was first started, RFC 3339 (default: now)")
+    publish.add_argument("--job-id", required=True, help="id of the job")
+    publish.add_argument("--status", choices=RUN_STATUSES, help="of the run (default: what the attempt came to)")
+    for command in (run, publish):
+        command.add_argument("--attempt", type=int, default=1, help="number of the attempt at it")
+        command.add_argument("--mlflow", help="MLflow server (default: NCFM_MLFLOW_URL)")
     inspect = commands.choices["plan"]
     inspect.add_argument("--inspect", action="store_true", help="load the data here, so that every key is known")
     return parser
@@ -107,10 +116,8 @@ def _plan(options: argparse.Namespace, surroundings: Surroundings) -> int:
 
 def _run(options: argparse.Namespace, surroundings: Surroundings, stop: Stop) -> int:
     stop.install()
-    if options.attempt < 1:
-        raise SpecError.of("--attempt", options.attempt, "must be at least 1", "")
-    if options.job_id is not None and not JOB_ID.fullmatch(options.job_id):
-        raise SpecError.of("--job-id", options.job_id, "must be letters, digits, _ and -, at most 64", "")
+    _check(options)
+    started_at = _started_at(options.started_at)
     spec = load_spec(options.spec, options.changes, lambda: Storage(surroundings.storage_url))
     if ray_address() is None:
         prepare_own_ray()
@@ -119,16 +126,55 @@ def _run(options: argparse.Namespace, surroundings: Surroundings, stop: Stop) ->
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("worker").addHandler(handler)
-    request = Request(spec=spec, job_id=options.job_id, attempt=options.attempt)
+    request = Request(spec=spec, job_id=options.job_id, attempt=options.attempt, started_at=started_at)
     result, headline = run(request, surroundings, on_connected=stop.install)
     if result.error is not None:
         for problem in result.error.problems:
             _tell(f"error: {Problem(**problem)}")
         return 1 if result.retryable else EXIT_USER_ERROR
+    if result.outcome == "stopped":
+        _tell("stopped as asked")
+        return 0
     _show(headline)
     if options.json:
         sys.stdout.write(json.dumps(headline) + "\n")
     return 0
+
+
+def _publish(options: argparse.Namespace, surroundings: Surroundings) -> int:
+    _check(options)
+    storage = Storage(surroundings.storage_url)
+    spec = load_spec(options.spec, options.changes, lambda: storage)
+    from worker.driver.publishing import publish  # brings MLflow
+
+    try:
+        publish(
+            spec, options.job_id, options.attempt, status=options.status, storage=storage, surroundings=surroundings
+        )
+    except StorageError as error:
+        _tell(f"error: {error}")
+        return EXIT_USER_ERROR if isinstance(error, DamagedError) else 1
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.attempt < 1:
+        raise SpecError.of("--attempt", options.attempt, "must be at least 1", "")
+    if options.job_id is not None and not JOB_ID.fullmatch(options.job_id):
+        raise SpecError.of("--job-id", options.job_id, "must be letters, digits, _ and -, at most 64", "")
+
+
+def _started_at(text: str | None) -> datetime:
+    """When the job was first started: not after now, should the clocks of two machines differ."""
+    if text is None:
+        return now()
+    try:
+        started_at = datetime.fromisoformat(text)
+    except ValueError:
+        started_at = None
+    if started_at is None or started_at.tzinfo is None:
+        raise SpecError.of("--started-at", text, "not a time with its zone", "Try 2026-11-20T10:00:00Z.")
+    return min(started_at, now())
 
 
 def _show(headline: dict[str, JsonValue]) -> None:

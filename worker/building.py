@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import safetensors.torch
 import torch
@@ -15,7 +15,8 @@ from ncfm_core.spec import ModelSpec
 from ncfm_core.synthetic import SyntheticSet, from_state
 from worker.checkpoints import Checkpoints
 from worker.environment import describe, peak_memory
-from worker.history import HISTORY_FILE, History
+from worker.history import HISTORY_FILE, History, Trouble
+from worker.patience import when_there_is_room
 from worker.plan import STAGE_OF, Kind
 from worker.records import StageResult, now, object_folder
 from worker.site import Site
@@ -57,23 +58,36 @@ class Building:
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def commit(self, files: dict[str, bytes], figures: dict[str, JsonValue]) -> StageResult:
-        stage = STAGE_OF[self._kind]
+    def commit(
+        self, files: dict[str, bytes], figures: dict[str, JsonValue], *, key: str = ""
+    ) -> Generator[Trouble, None, StageResult]:
+        """Store the files and make them the result of the key; a full storage is waited for.
+
+        Args:
+            files: by name; the history is added.
+            figures: what was found.
+            key: of the result, where it is another than that of what was to be built.
+        """
+        key, stage = key or self._key, STAGE_OF[self._kind]
         if self.history.rows:
             files = files | {HISTORY_FILE: self.history.encode()}
         figures = figures | {"peak_memory_bytes": peak_memory(self._site.device)}
-        records = self._storage.write_files(object_folder(self._site.built_by, stage, self._key), files)
-        result = StageResult(
-            key=self._key,
-            stage=stage,
-            built_by=self._site.built_by,
-            created_at=now(),
-            files=records,
-            figures=figures,
-            seconds=round(self.seconds(), 3),
-            environment=self.environment,
-        )
-        return self._storage.commit(result)
+        seconds = round(self.seconds(), 3)
+
+        def write() -> StageResult:
+            result = StageResult(
+                key=key,
+                stage=stage,
+                built_by=self._site.built_by,
+                created_at=now(),
+                files=self._storage.write_files(object_folder(self._site.built_by, stage, key), files),
+                figures=figures,
+                seconds=seconds,
+                environment=self.environment,
+            )
+            return self._storage.commit(result)
+
+        return (yield from when_there_is_room(write, f"the result of {stage}"))
 
 
 def read_result_file(storage: Storage, result: StageResult, name: str) -> bytes:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -16,9 +18,10 @@ import safetensors.torch
 import torch
 from pydantic import JsonValue
 
-from ncfm_core.errors import CheckpointError, StorageError
+from ncfm_core.errors import CheckpointError, StorageError, StorageFullError
 from ncfm_core.spec import CheckpointSpec
-from worker.history import History, Picture, read_history
+from worker.history import History, Picture, Trouble, read_history
+from worker.patience import TOPIC
 from worker.records import CheckpointRecord, FileRecord, checkpoint_folder
 from worker.storage import Storage
 
@@ -58,6 +61,7 @@ class Checkpoints:
         self._own = checkpoint_folder(job_id, key, attempt)
         self._step = 0
         self._saved_at = time.monotonic()
+        self._in_trouble = False
 
     @property
     def next_step(self) -> int:
@@ -85,6 +89,25 @@ class Checkpoints:
             return saved
         return None
 
+    def keep(
+        self, step: int, state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...] = ()
+    ) -> Iterator[Trouble]:
+        """Save; one that cannot be written is passed over until the next is due, and the computation goes on.
+
+        Yields:
+            That it could not, and once that it could again.
+        """
+        try:
+            self.save(step, state, history, pictures)
+        except StorageError as error:
+            self._step, self._saved_at, self._in_trouble = step, time.monotonic(), True
+            what = "storage is full" if isinstance(error, StorageFullError) else "storage cannot be written"
+            yield Trouble(TOPIC, f"{what}: the checkpoint at step {step} is left out")
+        else:
+            if self._in_trouble:
+                self._in_trouble = False
+                yield Trouble(TOPIC, "")
+
     def save(
         self, step: int, state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...] = ()
     ) -> None:
@@ -96,7 +119,12 @@ class Checkpoints:
             name=PurePosixPath(path).name, path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest()
         )
         record = CheckpointRecord(key=self._key, step=step, file=file, environment=self.environment)
-        self._storage.put_record(f"{self._own}/{step:010d}.json", record)
+        try:
+            self._storage.put_record(f"{self._own}/{step:010d}.json", record)
+        except StorageError:
+            with suppress(StorageError):
+                self._storage.delete([path])  # without its record it only takes room
+            raise
         self._step, self._saved_at = step, time.monotonic()
         self._drop(KEPT)
 

@@ -9,8 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pydantic import JsonValue
 
 from ncfm_core.ranking import LabelRobustScore, label_robust_score
-from ncfm_core.spec import CoresetName, EvaluationSpec, JobSpec
-from worker.records import Accuracy, Figures, StageResult
+from ncfm_core.spec import CORESETS, CoresetName, EvaluationSpec, JobSpec
+from worker.plan import Plan
+from worker.records import Accuracy, Figures, Shortened, StageResult
+
+Results = Mapping[str, StageResult]
+"""By key."""
 
 RELEVANT = ("dataset", "ipc", "preset", "method", "model", "teachers", "evaluate", "full_data", "baselines", "seed")
 """Parts of a spec that its results depend on."""
@@ -49,6 +53,11 @@ class Evidence:
             k_center=coresets.get("k_center"),
             label_robust_score=score.score if score else None,
         )
+
+    @property
+    def shortened(self) -> Shortened | None:
+        """How far the distillation came, where it ended early."""
+        return shortened_in(self.distilled)
 
     def baselines(self, index: int) -> dict[str, StageResult]:
         """Those of one evaluation, by name."""
@@ -125,7 +134,9 @@ class Evidence:
             **{name: [result.key for result in results] for name, results in self.coresets.items()},
             "full_data": self.full_data.key,
         }
+        shortened = self.shortened
         return {
+            **({} if shortened is None else {"shortened": shortened.model_dump(mode="json")}),
             "spec": {name: document[name] for name in RELEVANT},
             "results": keys,
             "environment": {"distill": self.distilled.environment, "evaluate": self.evaluations[0].environment},
@@ -145,6 +156,21 @@ class Evidence:
         return "\n".join(rows)
 
 
+def evidence(plan: Plan, results: Results) -> Evidence:
+    """The results that the figures are read from."""
+    return Evidence(
+        distilled=results[str(plan.distill.key)],
+        evaluations=[results[str(build.key)] for build in plan.evaluations],
+        random_real=[results[str(build.key)] for build in plan.random_real],
+        coresets={
+            name: [results[str(build.key)] for build in plan.coresets if build.kind == name]
+            for name in CORESETS
+            if any(build.kind == name for build in plan.coresets)
+        },
+        full_data=results[str(plan.full_data.key)],
+    )
+
+
 def accuracy_in(result: StageResult) -> Accuracy:
     """The accuracy that an evaluation or a baseline found."""
     return Accuracy.model_validate(result.figures["accuracy"])
@@ -152,6 +178,20 @@ def accuracy_in(result: StageResult) -> Accuracy:
 
 def _fraction(result: StageResult) -> float:
     return accuracy_in(result).mean / 100
+
+
+def shortened_in(distilled: StageResult) -> Shortened | None:
+    """How far a distillation came that ended early; None for a whole one."""
+    found = distilled.figures.get("shortened")
+    return None if found is None else Shortened.model_validate(found)
+
+
+def shortened_in_words(shortened: Shortened) -> str:
+    """One sentence for a person."""
+    return (
+        f"The distillation ended at step {shortened.step} of {shortened.steps}, when the job's wall time "
+        f"of {shortened.wall_seconds:g} s was over."
+    )
 
 
 def in_words(accuracy: Accuracy) -> str:

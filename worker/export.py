@@ -28,7 +28,7 @@ CARD = """\
 # {title}, distilled to {ipc} image{plural} per class
 
 {count} stored images ({factor}x{factor} tiles each, {decoded} training images once decoded), made by NCFM
-(neural characteristic function matching) with seed {seed}.
+(neural characteristic function matching) with seed {seed}.{note}
 
 ![the stored images and what they decode to](preview.png)
 
@@ -120,7 +120,9 @@ def load_export(files: Mapping[str, bytes]) -> SyntheticSet:
         raise StorageError.of("files", error.args[0], "missing from the exported set", "Export it again.") from None
 
 
-def data_card(synthetic: SyntheticSet, facts: DatasetFacts, *, seed: int, rows: str, recipe: str) -> str:
+def data_card(
+    synthetic: SyntheticSet, facts: DatasetFacts, *, seed: int, rows: str, recipe: str, note: str = ""
+) -> str:
     """The `README.md` of a set.
 
     Args:
@@ -129,6 +131,7 @@ def data_card(synthetic: SyntheticSet, facts: DatasetFacts, *, seed: int, rows: 
         seed: of the job.
         rows: lines of the accuracy table.
         recipe: source of a script that trains one student, without this package.
+        note: a sentence about how it was made; empty for none.
     """
     channels, height, width = synthetic.images.shape[1:]
     count, factor = len(synthetic.images), synthetic.factor
@@ -140,6 +143,7 @@ def data_card(synthetic: SyntheticSet, facts: DatasetFacts, *, seed: int, rows: 
         factor=factor,
         decoded=count * factor**2,
         seed=seed,
+        note=f"\n\n{note}" if note else "",
         rows=rows,
         loading=(LOADING if synthetic.soft_labels is None else LOADING + SOFT_LOADING).format(
             shape=(count, channels, height, width),

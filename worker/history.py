@@ -38,7 +38,17 @@ class Notice:
     message: str
 
 
-Event = Progress | Picture | Notice
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Something that is wrong for as long as it lasts."""
+
+    topic: str
+    """What it concerns, such as `storage`; one trouble for each."""
+    message: str
+    """One line for a person; empty once it is over."""
+
+
+Event = Progress | Picture | Notice | Trouble
 Stage = Generator[Event, None, StageResult]
 Row = dict[str, float]
 

@@ -86,7 +86,7 @@ def judge(
 def commit(building: Building, students: Generator[Progress, None, Evaluation], figures: dict[str, JsonValue]) -> Stage:
     """Run students to their end and commit what they found."""
     found = yield from follow(students, building.history)
-    return building.commit({}, {"accuracy": accuracy_of(found).model_dump(mode="json"), **figures})
+    return (yield from building.commit({}, {"accuracy": accuracy_of(found).model_dump(mode="json"), **figures}))
 
 
 def accuracy_of(evaluation: Evaluation) -> Accuracy:

@@ -7,7 +7,7 @@ and of nothing else: two jobs that need the same teacher find the same one, what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import JsonValue
@@ -105,7 +105,14 @@ class Plan:
         yield self.publish
 
 
-def plan(spec: JobSpec, data_digest: str | None, *, held_out_digest: str | None = None) -> Plan:
+def cut_key(key: str, step: int) -> str:
+    """Key of a distillation that ended at a step before its last: never that of the whole one."""
+    return digest({"cut": key, "step": step})
+
+
+def plan(
+    spec: JobSpec, data_digest: str | None, *, held_out_digest: str | None = None, cut_at: int | None = None
+) -> Plan:
     """What the job needs, with keys as far as they are known.
 
     With a search, the method of the distillation is what the search finds: its key and those that hang on it stay unknown, and
@@ -115,10 +122,13 @@ def plan(spec: JobSpec, data_digest: str | None, *, held_out_digest: str | None 
         spec: resolved.
         data_digest: of the data set; None before it was inspected, and then no key is known.
         held_out_digest: of the data set as the search splits it; None where there is no search or before it was inspected.
+        cut_at: step at which the distillation ended early; None for a whole one.
     """
     searched = None if spec.search else data_digest
     teachers = _teachers(spec, data_digest)
     distill = _distill(spec, searched, teachers)
+    if cut_at is not None and distill.key is not None:
+        distill = replace(distill, key=cut_key(distill.key, cut_at))
     evaluations = tuple(_evaluation(spec, index, entry, distill) for index, entry in enumerate(spec.evaluate))
     random_real = tuple(
         _random_real(spec, index, entry, data_digest, teachers) for index, entry in enumerate(spec.evaluate)

@@ -4,9 +4,12 @@ jobs/<job>/spec.json                         the resolved spec, written by whoev
 jobs/<job>/attempts/<n>/status.json          AttemptStatus, rewritten at least every 2 s while something moves
 jobs/<job>/attempts/<n>/result.json          AttemptResult, once, at the end
 jobs/<job>/attempts/<n>/driver.log           what the driver logged
+jobs/<job>/attempts/<n>/reserve              room that a running attempt gives up to say that the storage is full
+jobs/<job>/attempts/<n>/stop.json            StopRequest, written by whoever wants the attempt to end
 jobs/<job>/set/<name>                        a plain copy of the published set, for people
 objects/<job>-<n>/<stage>-<key>/<name>       files of stage results, immutable
 results/<key>.json                           StageResult, created only if absent: the commit
+damaged/<key>-<n>.json                       a StageResult whose files were found missing or damaged, out of the way
 checkpoints/<job>/<key>/<n>/<step>.safetensors   with <step>.json (CheckpointRecord) as its commit
 
 Readers ignore keys that they do not know, so that an older controller can follow a newer driver. Light: no torch, no ray.
@@ -143,13 +146,34 @@ class AttemptStatus(Record):
     mlflow_url: str | None
 
 
+class StopRequest(Record):
+    """Asks a running attempt to end of itself."""
+
+    version: Literal[1] = 1
+    checkpoint: bool
+    """Whether what runs saves itself first, so that a later attempt goes on from there."""
+    requested_at: datetime
+
+
+class Shortened(Record):
+    """How far a distillation came that ended when the job's wall time was over."""
+
+    step: int
+    """Updates of the images that the set has had."""
+    steps: int
+    """Those that were asked for."""
+    wall_seconds: float
+    """The limit."""
+
+
 class AttemptResult(Record):
     """The last word of an attempt."""
 
     version: Literal[1] = 1
     job_id: str
     attempt: int
-    outcome: Literal["succeeded", "failed"]
+    outcome: Literal["succeeded", "failed", "stopped"]
+    """`stopped`: it ended because it was asked to (StopRequest)."""
     error: ErrorRecord | None
     """Set when it failed."""
     retryable: bool
@@ -165,6 +189,14 @@ class AttemptResult(Record):
     mlflow_url: str | None
     warnings: tuple[str, ...]
     finished_at: datetime
+    shortened: Shortened | None = None
+    """Set where the distillation ended early for want of time."""
+    publication: Literal["done", "pending", "none"] = "none"
+    """Whether MLflow has all of it; `pending`: it was away (`python -m worker publish`), `none`: there is none."""
+    keys: tuple[str, ...] = ()
+    """Of all stage results that the attempt made or found."""
+    data: dict[str, JsonValue] | None = None
+    """What the inspection found (worker.site.DataFacts); None where it did not come so far."""
 
 
 def job_root(job_id: str) -> str:
@@ -175,7 +207,10 @@ def spec_path(job_id: str) -> str:
     return f"{job_root(job_id)}/spec.json"
 
 
-def attempt_path(job_id: str, attempt: int, document: Literal["status.json", "result.json", "driver.log"]) -> str:
+Document = Literal["status.json", "result.json", "driver.log", "stop.json", "reserve"]
+
+
+def attempt_path(job_id: str, attempt: int, document: Document) -> str:
     return f"{job_root(job_id)}/attempts/{attempt}/{document}"
 
 
@@ -183,14 +218,24 @@ def result_path(key: str) -> str:
     return f"results/{key.removeprefix('sha256:')}.json"
 
 
+def damaged_path(key: str, number: int) -> str:
+    """Where the record of a result goes that was found damaged, for the nth time."""
+    return f"damaged/{key.removeprefix('sha256:')}-{number}.json"
+
+
 def object_folder(built_by: str, stage: StageName, key: str) -> str:
     """Where an attempt (`<job>-<attempt>`) puts the files of one result."""
     return f"objects/{built_by}/{stage}-{key.removeprefix('sha256:')[:12]}"
 
 
+def checkpoint_root(job_id: str) -> str:
+    """All checkpoints of a job."""
+    return f"checkpoints/{job_id}"
+
+
 def checkpoint_folder(job_id: str, key: str, attempt: int | None = None) -> str:
     """The checkpoints of one result: of one attempt, or of all attempts of the job."""
-    folder = f"checkpoints/{job_id}/{key.removeprefix('sha256:')}"
+    folder = f"{checkpoint_root(job_id)}/{key.removeprefix('sha256:')}"
     return folder if attempt is None else f"{folder}/{attempt}"
 
 

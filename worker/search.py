@@ -20,7 +20,8 @@ from ncfm_core.progress import Progress
 from ncfm_core.space import LogUniform, RandInt, SearchSpec, Uniform
 from ncfm_core.spec import JobSpec
 from worker.environment import code_version
-from worker.history import HISTORY_FILE, History
+from worker.history import HISTORY_FILE, History, Trouble
+from worker.patience import when_there_is_room
 from worker.plan import held_out
 from worker.records import StageResult, now, object_folder
 from worker.site import Site
@@ -41,7 +42,8 @@ def search(
     spec: JobSpec,
     teachers: Sequence[StageResult],
     demand: Demand,
-    report: Callable[[Progress], None],
+    report: Callable[[Progress | Trouble], None],
+    check: Callable[[], None],
 ) -> StageResult:
     """Run the trials from this process and commit what they found: `best.yaml`, `trials.jsonl`.
 
@@ -53,7 +55,8 @@ def search(
         spec: with a search.
         teachers: trained on what is left of the training data.
         demand: of each trial.
-        report: told of every rung.
+        report: told of every rung, and of a storage that is full.
+        check: called several times a second; what it raises ends the search.
     """
     assert spec.search is not None
     started = time.monotonic()
@@ -63,7 +66,7 @@ def search(
         history.add(progress)
         report(progress)
 
-    trials = _tune(site, dataset, spec=spec, teachers=teachers, demand=demand, report=keep)
+    trials = _tune(site, dataset, spec=spec, teachers=teachers, demand=demand, report=keep, check=check)
     best = best_of(trials)
     document = best_spec(spec, best.params).document()
     files = {
@@ -71,39 +74,67 @@ def search(
         TRIALS_FILE: b"".join(write_trial(trial) for trial in trials),
         HISTORY_FILE: history.encode(),
     }
-    result = StageResult(
-        key=key,
-        stage="search",
-        built_by=site.built_by,
-        created_at=now(),
-        files=storage.write_files(object_folder(site.built_by, "search", key), files),
-        figures={
-            "best": best.params,
-            "trial": best.index,
-            "validation_accuracy": best.accuracy(),
-            "trials": len(trials),
-        },
-        seconds=round(time.monotonic() - started, 3),
-        environment={"device": site.device, "threads": site.threads, "code_version": code_version()},
-    )
-    return storage.commit(result)
+    seconds = round(time.monotonic() - started, 3)
+
+    def write() -> StageResult:
+        result = StageResult(
+            key=key,
+            stage="search",
+            built_by=site.built_by,
+            created_at=now(),
+            files=storage.write_files(object_folder(site.built_by, "search", key), files),
+            figures={
+                "best": best.params,
+                "trial": best.index,
+                "validation_accuracy": best.accuracy(),
+                "trials": len(trials),
+            },
+            seconds=seconds,
+            environment={"device": site.device, "threads": site.threads, "code_version": code_version()},
+        )
+        return storage.commit(result)
+
+    return _patiently(write, report, check)
+
+
+def _patiently(
+    write: Callable[[], StageResult], report: Callable[[Trouble], None], check: Callable[[], None]
+) -> StageResult:
+    tries = when_there_is_room(write, "the result of search")
+    while True:
+        try:
+            report(next(tries))
+        except StopIteration as stop:
+            value: StageResult = stop.value
+            return value
+        check()
 
 
 def ignore(progress: Progress) -> None:
     """Where reports go when nobody listens."""
 
 
+def unchecked() -> None:
+    """The check where nobody asks."""
+
+
 class _Collector(tune.Callback):
     """Takes what the trials report, in the driver's process."""
 
-    def __init__(self, total: int, rungs: int, report: Callable[[Progress], None]) -> None:
+    def __init__(
+        self, total: int, rungs: int, report: Callable[[Progress], None], check: Callable[[], None] = unchecked
+    ) -> None:
         self.trials: dict[str, Trial] = {}
-        self._total, self._rungs, self._report = total, rungs, report
+        self._total, self._rungs, self._report, self._check = total, rungs, report, check
         self._stopped: set[str] = set()
 
     def __reduce__(self) -> tuple[type, tuple[int, int, Callable[[Progress], None]]]:
         """Tune saves its callbacks for a restore, which is not used here: whom to tell stays behind."""
         return type(self), (self._total, self._rungs, ignore)
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Tune's loop turns several times a second, whatever the trials do."""
+        self._check()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._trial(trial)
@@ -141,10 +172,11 @@ def _tune(
     teachers: Sequence[StageResult],
     demand: Demand,
     report: Callable[[Progress], None],
+    check: Callable[[], None],
 ) -> list[Trial]:
     search = spec.search
     assert search is not None
-    collector = _Collector(search.trials, search.rungs, report)
+    collector = _Collector(search.trials, search.rungs, report, check)
     # The reference goes inside a list: given bare, every trial would get the data copied into its arguments.
     trainable = tune.with_parameters(_run_trial, site=site, dataset=[dataset], spec=spec, teachers=list(teachers))
     with tempfile.TemporaryDirectory(prefix="ncfm-search-") as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from ncfm_core.spec import CheckpointSpec
@@ -21,10 +22,18 @@ class Site:
     """MiB for the activations of a distillation step; None for what is fast on the device."""
     checkpoint: CheckpointSpec
     code_version: str
+    wall_seconds: float | None = None
+    """The job's limit; None for none."""
+    deadline: float | None = None
+    """When it is over, in seconds since 1970."""
 
     @property
     def memory_limit_bytes(self) -> int | None:
         return None if self.memory_limit is None else self.memory_limit << 20
+
+    def time_is_over(self) -> bool:
+        """Whether the distillation has to end where it is."""
+        return self.deadline is not None and time.time() >= self.deadline
 
     @property
     def built_by(self) -> str:

@@ -1,26 +1,23 @@
 """What each stage computes: plain generators of events that return the committed result. No Ray in here.
 
+Those that save themselves on the way are in `learning`.
+
 All take the site (where and for whom), the storage and the data; what changes the numbers is in the other arguments.
 """
 
 from __future__ import annotations
 
 import io
-import time
 import zipfile
 from collections.abc import Sequence
 from typing import Any
 
-import safetensors.torch
 import torch
-from pydantic import JsonValue
 
 from ncfm_core.coresets import coreset
 from ncfm_core.coresets import random_real as draw_random_real
 from ncfm_core.datasets import Dataset
-from ncfm_core.distill import Distillation
 from ncfm_core.evaluate import evaluate
-from ncfm_core.pools import TeacherTraining
 from ncfm_core.progress import Progress
 from ncfm_core.spec import (
     CoresetName,
@@ -29,16 +26,15 @@ from ncfm_core.spec import (
     FullDataSpec,
     JobSpec,
     ModelSpec,
-    NcfmSpec,
-    TrainingSpec,
 )
-from ncfm_core.synthetic import to_state
-from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool, read_synthetic
+from worker.building import Building, read_pool, read_synthetic
 from worker.data import load
-from worker.evidence import Evidence
-from worker.export import ZIP_DATE, data_card, export_files, png
-from worker.history import History, Notice, Picture, Stage
+from worker.evidence import Evidence, shortened_in_words
+from worker.export import ZIP_DATE, data_card, export_files
+from worker.history import Stage
 from worker.judging import baseline_source, commit, judge
+from worker.learning import distill as distill
+from worker.learning import teacher as teacher
 from worker.recipe import training_script
 from worker.records import StageResult
 from worker.settings import DataAccess
@@ -46,8 +42,6 @@ from worker.site import DataFacts, Site
 from worker.storage import Storage
 
 EVALUATION_FILE = "evaluation.json"
-PICTURED = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-"""Shares of the steps at which a grid is kept."""
 FULL_DATA_TESTS = 5
 """Looks at the test set along a full-data training."""
 
@@ -72,98 +66,6 @@ def inspect(spec: DatasetSpec, access: DataAccess, *, held_out: tuple[float, int
         ignored_files=dataset.ignored_files,
     )
     return facts, dataset
-
-
-def teacher(
-    site: Site,
-    storage: Storage,
-    dataset: Dataset,
-    *,
-    key: str,
-    model: ModelSpec,
-    training: TrainingSpec,
-    seed: int,
-    index: int,
-    held_out: tuple[float, int] | None,
-) -> Stage:
-    """One teacher: `weights.safetensors` with its initial and its trained end."""
-    building = Building(site, storage, "teacher", key)
-    if held_out is not None:
-        dataset = dataset.hold_out(held_out[0], seed=held_out[1])
-    task = TeacherTraining(dataset, model, training, seed=seed, index=index, device=torch.device(site.device))
-    checkpoints = building.checkpoints()
-    if saved := checkpoints.newest():
-        building.keep_threads(saved.environment)
-        building.history = saved.history
-        task.load_state(saved.state)
-        yield Notice(f"teacher {index} goes on from step {saved.step}")
-    while task.step < task.total:
-        for progress in task.run(until=min(task.total, checkpoints.next_step)):
-            building.history.add(progress)
-            if task.step < task.total and checkpoints.due(task.step):
-                checkpoints.save(task.step, task.state(), building.history)
-            yield progress
-    figures: dict[str, JsonValue] = {"accuracy": task.accuracy(), "steps": task.total}
-    result = building.commit({WEIGHTS_FILE: safetensors.torch.save(task.result())}, figures)
-    checkpoints.clear()
-    return result
-
-
-def distill(
-    site: Site,
-    storage: Storage,
-    dataset: Dataset,
-    *,
-    key: str,
-    teachers: Sequence[StageResult],
-    model: ModelSpec,
-    method: NcfmSpec,
-    ipc: int,
-    seed: int,
-) -> Stage:
-    """The synthetic set: `images.safetensors`, with grids along the way."""
-    building, device = Building(site, storage, "distill", key), torch.device(site.device)
-    pool = read_pool(storage, teachers, model=model, dataset=dataset, device=device)
-    limit = site.memory_limit_bytes
-    task = Distillation(dataset, pool, method, ipc=ipc, seed=seed, device=device, memory_limit=limit)
-    checkpoints = building.checkpoints()
-    pictures: tuple[Picture, ...] = ()
-    if saved := checkpoints.newest():
-        building.keep_threads(saved.environment)
-        building.history, pictures = saved.history, saved.pictures
-        task.load_state(saved.state)
-        yield Notice(f"the distillation goes on from step {saved.step}")
-    yield Notice(f"the distillation runs {task.execution}")
-    first_step, started = task.step, time.monotonic()
-    pictured = sorted({round(share * task.total) for share in PICTURED})
-    while True:
-        if task.step in pictured and all(picture.step != task.step for picture in pictures):
-            pictures += (Picture(task.step, png(task.synthetic.grid())),)
-            yield pictures[-1]
-        if task.step == task.total:
-            break
-        until = min([step for step in pictured if step > task.step] + [checkpoints.next_step])
-        for progress in task.run(until=until):
-            building.history.add(progress)
-            if task.step < task.total and checkpoints.due(task.step):
-                checkpoints.save(task.step, task.state(), building.history, pictures)
-            yield progress
-    if task.halvings:
-        yield Notice(
-            f"memory ran out {task.halvings} times: it went on {task.execution}; the last bits are this run's own"
-        )
-    seconds = max(time.monotonic() - started, 1e-9)
-    rates: dict[str, JsonValue] = {
-        "steps_per_second": (task.total - first_step) / seconds,
-        "images_per_second": (task.total - first_step) * len(task.synthetic.labels) / seconds,
-    }
-    files = {picture.name: picture.png for picture in pictures}
-    files[IMAGES_FILE] = safetensors.torch.save(to_state(task.result()))
-    result = building.commit(
-        files, {"steps": task.total, "halvings": task.halvings, **_last(building.history), **rates}
-    )
-    checkpoints.clear()
-    return result
 
 
 def evaluation(
@@ -288,12 +190,14 @@ def publish(site: Site, storage: Storage, dataset: Dataset, *, key: str, evidenc
     yield Progress(0, 1, "set")
     synthetic, facts = read_synthetic(storage, evidence.distilled), dataset.describe(spec.dataset.facts)
     recipe = training_script(facts, evidence.as_trained(spec.evaluate[0]))
-    card = data_card(synthetic, facts, seed=spec.seed, rows=evidence.card_rows(spec), recipe=recipe)
+    note = shortened_in_words(evidence.shortened) if evidence.shortened else ""
+    rows = evidence.card_rows(spec)
+    card = data_card(synthetic, facts, seed=spec.seed, rows=rows, recipe=recipe, note=note)
     exported = export_files(synthetic, facts, evidence.provenance(spec), card)
     files = {f"distilled/{name}": data for name, data in exported.items()}
     files[EVALUATION_FILE] = evidence.document(spec)
     files[f"distilled-{spec.dataset.name}-ipc{spec.ipc}.zip"] = _zip(files)
-    result = building.commit(files, {})
+    result = yield from building.commit(files, {})
     yield Progress(1, 1, "set")
     return result
 
@@ -305,8 +209,3 @@ def _zip(files: dict[str, bytes]) -> bytes:
         for name, data in sorted(files.items()):
             archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), data)
     return out.getvalue()
-
-
-def _last(history: History) -> dict[str, JsonValue]:
-    """The metrics of the last row."""
-    return {name: value for name, value in history.rows[-1].items() if name != "time"} if history.rows else {}

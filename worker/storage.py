@@ -1,13 +1,15 @@
 """The storage root: one interface for a local folder, s3://, gs://, az:// and memory://, on obstore. Light.
 
 Results are immutable and have one commit: files go to `objects/` first, then `results/<key>.json` is created only if it
-is absent, which is one call on every backend. Whoever comes second keeps the first result. Readers verify sha256 sums.
+is absent, which is one call on every backend. Whoever comes second keeps the first result. Sizes are verified when a result is
+found, sha256 sums when a file is read; what fails either is taken out of the way (`set_aside`), so that it can be built again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -16,12 +18,14 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 from pydantic import ValidationError
 
-from ncfm_core.errors import StorageError
-from worker.records import FileRecord, Record, StageResult, result_path
+from ncfm_core.errors import DamagedError, Problem, StorageError, StorageFullError
+from worker.records import FileRecord, Record, StageResult, damaged_path, result_path
 
 R = TypeVar("R", bound=Record)
 
 CHUNK_BYTES = 1 << 20
+NO_ROOM = ("No space left on device", "(os error 28)", "Disk quota exceeded", "(os error 122)", "QuotaExceeded")
+"""What backends say when there is none."""
 
 
 class Storage:
@@ -90,9 +94,22 @@ class Storage:
 
     def list(self, prefix: str) -> list[str]:
         """Paths of all objects below a folder, sorted."""
+        return sorted(self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Bytes of all objects below a folder, or below the root, by path."""
         try:
-            batches = obstore.list(self._store, prefix=prefix)
-            return sorted(str(meta["path"]) for batch in batches for meta in batch)
+            batches = obstore.list(self._store, prefix=prefix or None)
+            return {str(meta["path"]): int(meta["size"]) for batch in batches for meta in batch}
+        except (BaseError, OSError) as error:
+            raise self._failed(prefix, "cannot be listed", error) from error
+
+    def entries(self, prefix: str) -> Iterator[tuple[str, int, datetime]]:
+        """Path, bytes and time of the last change of each object below a folder, in no order."""
+        try:
+            for batch in obstore.list(self._store, prefix=prefix):
+                for meta in batch:
+                    yield str(meta["path"]), int(meta["size"]), meta["last_modified"]
         except (BaseError, OSError) as error:
             raise self._failed(prefix, "cannot be listed", error) from error
 
@@ -139,13 +156,13 @@ class Storage:
         """A file of a commit, verified.
 
         Raises:
-            StorageError: it is missing or differs from its record.
+            DamagedError: it is missing or differs from its record.
         """
         data = self.get(record.path)
         if data is None:
-            raise StorageError.of("storage", record.path, "a committed file is missing", "Its result will be rebuilt.")
+            raise _damaged(record.path, "a committed file is missing")
         if len(data) != record.size or hashlib.sha256(data).hexdigest() != record.sha256:
-            raise StorageError.of("storage", record.path, "a committed file is damaged", "Its result will be rebuilt.")
+            raise _damaged(record.path, "a committed file is damaged")
         return data
 
     def commit(self, result: StageResult) -> StageResult:
@@ -157,25 +174,54 @@ class Storage:
         assert first is not None
         return first
 
-    def find_result(self, key: str) -> StageResult | None:
-        """The committed result of a key whose files are all there with the right sums, or None.
+    def find_result(self, key: str, *, read: bool = False) -> StageResult | None:
+        """The committed result of a key, or None.
 
-        A damaged result is taken out of the way, so that it can be built again.
+        Args:
+            key: of the result.
+            read: also verify the sums of its files, for which they are read.
+
+        Raises:
+            DamagedError: there is one, but it cannot be used.
         """
         path = result_path(key)
-        try:
-            result = self.get_record(path, StageResult)
-            for file in result.files if result else ():
-                self.read_file(file)
-        except StorageError:
-            if self.get(path) is not None:
-                self.delete([path])
+        data = self.get(path)
+        if data is None:
             return None
+        try:
+            result = StageResult.model_validate_json(data)
+        except ValidationError:
+            raise _damaged(path, "a committed result is not readable") from None
+        for file in result.files:
+            if read:
+                self.read_file(file)
+            elif (size := self.size(file.path)) != file.size:
+                raise _damaged(file.path, f"a committed file is {'missing' if size is None else 'damaged'}")
         return result
 
+    def set_aside(self, key: str) -> None:
+        """Take a result that is damaged out of the way, unless another did or built it anew; its record stays to be looked at."""
+        path = result_path(key)
+        try:
+            if self.find_result(key, read=True) is not None:
+                return
+        except DamagedError:
+            data, number = self.get(path), 1
+            while data is not None and not self.create(damaged_path(key, number), data):
+                number += 1
+            self.delete([path])
+
     def _failed(self, path: str, what: str, error: Exception) -> StorageError:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = str(error)
+        first_line = text.splitlines()[0] if text else type(error).__name__
+        if any(words in text for words in NO_ROOM):
+            hint = "Make room: `ncfm gc` lists what nothing needs."
+            return StorageFullError.of("storage", f"{self.url}/{path}", f"{what}: the storage is full", hint)
         return StorageError.of("storage", f"{self.url}/{path}", f"{what}: {first_line[:200]}", "Check NCFM_STORAGE.")
+
+
+def _damaged(path: str, what: str) -> DamagedError:
+    return DamagedError(Problem(path, "", what, "Its result is built again."))
 
 
 def _encode(record: Record) -> bytes:

@@ -20,11 +20,14 @@ from worker.plan import Kind
 from worker.records import StageResult
 from worker.settings import DataAccess
 from worker.site import Site
+from worker.stopping import StopWatch, in_trouble_no_longer
 from worker.storage import Storage
 
 NAMESPACE = "ncfm"
 CLUSTER_FOLDER = "/tmp"
 """Above the folder of an own cluster: Ray puts sockets below it, whose paths may have 107 characters."""
+SAVING: frozenset[Kind] = frozenset({"teacher", "distill"})
+"""Stages that end of themselves when they are asked to stop, and can go on from there; the others are simply ended."""
 STARTED = Notice("started")
 """First event of every task: before it, the task waits for its resources."""
 
@@ -145,8 +148,11 @@ def _run_stage(
     from worker import stages
 
     yield STARTED
-    stage: Callable[..., Stage] = getattr(stages, kind)
-    result = yield from stage(site, Storage(site.storage_url), dataset, **arguments)
+    storage = Storage(site.storage_url)
+    with StopWatch(storage, site.job_id, site.attempt) as watch:
+        stage: Callable[..., Stage] = getattr(stages, kind)
+        asked = {"asked": watch.asked} if kind in SAVING else {}
+        result = yield from in_trouble_no_longer(stage(site, storage, dataset, **arguments, **asked), watch.asked)
     yield result
 
 
@@ -164,6 +170,11 @@ def start(kind: Kind, site: Site, dataset: Any, arguments: dict[str, Any], *, de
     # Ray would run a lost task again from its start without a word; the builder does that itself, and says so.
     options = cast(Any, _run_stage).options(num_returns="streaming", max_retries=0, name=label, **demand.options())
     return options.remote(kind, site, dataset, arguments)
+
+
+def cancel(generator: Any) -> None:
+    """End a task, whatever it does; its process ends with it."""
+    cast(Any, ray).cancel(generator, force=True)
 
 
 def fetch(reference: Any) -> Any:

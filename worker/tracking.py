@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,14 @@ def _told(url: str) -> Generator[None, None, None]:
 class MlflowRun:
     """The run of one job."""
 
-    def __init__(self, url: str, public_url: str, identity: RunIdentity) -> None:
+    def __init__(self, url: str, public_url: str, identity: RunIdentity, *, is_live: bool = True) -> None:
         """Find the run of the job, or make it.
+
+        Args:
+            url: of the server.
+            public_url: the same as people reach it.
+            identity: which run.
+            is_live: whether the job runs: then so does its run from now on.
 
         Raises:
             TrackingError: the server cannot be used.
@@ -123,7 +130,7 @@ class MlflowRun:
                 run = self._client.create_run(
                     experiment_id, run_name=identity.name, tags={"ncfm.job_id": identity.job_id, **identity.tags}
                 )
-            else:
+            elif is_live:
                 self._client.update_run(run.info.run_id, status="RUNNING")
             self.run_id = str(run.info.run_id)
             self._experiment_id = experiment_id
@@ -200,11 +207,14 @@ class MlflowRun:
             if self._pictured is None:
                 paths = [each.path for each in self._client.list_artifacts(self.run_id, "images")]
                 self._pictured = {step for path in paths if (step := _pictured_step(path)) is not None}
+            # Until every one is acknowledged nobody knows what arrived.
+            pictured, self._pictured = self._pictured, None
             for picture in pictures:
-                if picture.step not in self._pictured:
+                if picture.step not in pictured:
                     image = Image.open(io.BytesIO(picture.png))
                     self._client.log_image(self.run_id, image, key=PICTURE_KEY, step=picture.step, synchronous=True)
-                    self._pictured.add(picture.step)
+                    pictured.add(picture.step)
+            self._pictured = pictured
 
     def log_files(self, files: Mapping[str, bytes]) -> None:
         """Upload artifacts by path, replacing what is there."""
@@ -232,15 +242,41 @@ class MlflowRun:
         self._send(run_id, _metrics([("", row) for row in trial.rows], self._read_back(run_id)))
         self._client.set_terminated(run_id, "FINISHED")
 
-    def close(self, status: str) -> None:
-        """End the run: FINISHED, FAILED or KILLED."""
+    def close(self, status: str, *, ended_at: datetime | None = None) -> None:
+        """End the run, and its trials that are still open: FINISHED, FAILED or KILLED.
+
+        Args:
+            status: of all of them.
+            ended_at: when the job ended; None for now.
+        """
         with _told(self._server):
-            self._client.set_terminated(self.run_id, status)
+            end_time = None if ended_at is None else round(ended_at.timestamp() * 1000)
+            self._client.set_terminated(self.run_id, status, end_time)
             # A server that was stuck may have made a run after its caller had given up and asked again.
-            query = f"tags.`ncfm.job_id` = '{self._identity.job_id}'"
-            for run in self._client.search_runs([self._experiment_id], query):
+            for run in self._client.search_runs([self._experiment_id], _tagged("job_id", self._identity.job_id)):
                 if run.info.run_id != self.run_id:
                     self._client.delete_run(run.info.run_id)
+            open_trials = _tagged("search_of", self._identity.job_id) + " and attributes.status = 'RUNNING'"
+            for run in self._client.search_runs([self._experiment_id], open_trials):
+                self._client.set_terminated(run.info.run_id, status, end_time)
+
+
+def has_run(url: str, identity: RunIdentity) -> bool:
+    """Whether the server has a run of the job.
+
+    Raises:
+        TrackingError: the server cannot be used.
+    """
+    with _told(url):
+        client = mlflow.MlflowClient(tracking_uri=url)
+        experiment = client.get_experiment_by_name(identity.experiment)
+        return experiment is not None and bool(
+            client.search_runs([experiment.experiment_id], _tagged("job_id", identity.job_id), max_results=1)
+        )
+
+
+def _tagged(name: str, value: str) -> str:
+    return f"tags.`ncfm.{name}` = '{value}'"
 
 
 def _metrics(rows: Iterable[tuple[str, Row]], logged: Mapping[str, set[int]]) -> list[Metric]:
@@ -262,18 +298,3 @@ def as_text(value: JsonValue) -> str:
     """A parameter's value as MLflow shows it."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 3] + "..."
-
-
-def flatten(document: JsonValue, prefix: str = "") -> dict[str, JsonValue]:
-    """Nested objects as dotted names; a list of objects is numbered, any other list stays one value."""
-    if isinstance(document, dict) and document:
-        items = list(document.items())
-    elif isinstance(document, list) and any(isinstance(each, dict) for each in document):
-        items = [(str(index), each) for index, each in enumerate(document)]
-    else:
-        return {prefix: document}
-    return {
-        name: value
-        for key, child in items
-        for name, value in flatten(child, f"{prefix}.{key}" if prefix else key).items()
-    }

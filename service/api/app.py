@@ -10,12 +10,31 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse
 
-from service.api import artifacts, audit, errors, health, jobs, openapi, prometheus, reference, uploads
+from service.api import (
+    artifacts,
+    audit,
+    capabilities,
+    changes,
+    cluster_view,
+    errors,
+    following,
+    forecast,
+    health,
+    jobs,
+    listing,
+    metrics_series,
+    openapi,
+    prometheus,
+    reference,
+    reruns,
+    uploads,
+)
 from service.api.auth import Access
 from service.api.draining import Draining
 from service.api.guard import Guard
 from service.api.prometheus import Figures
 from service.api.sources import Sources
+from service.api.streams import Streams
 from service.api.watch import Watch
 from service.auditing import Recorder
 from service.keys import KeyRing, Keys
@@ -40,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(figures.watch_loop())
         yield
+        app.state.streams.shut()
         watching.cancel()
         recorder.close()
         store.close()
@@ -54,10 +74,14 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.store, app.state.storage = store, storage
+    app.state.streams = Streams(store, storage)
+    draining.on_begin(app.state.streams.close_all)
     app.state.figures, app.state.draining = figures, draining
     app.state.taking = uploads.Taking(settings.max_upload_bytes)
     app.state.sources = Sources(settings, Uploads(store, storage))
-    for routes in (jobs, artifacts, audit, uploads, health, prometheus, reference):
+    for routes in (jobs, forecast, listing, following, changes, reruns, metrics_series):
+        app.include_router(routes.router)
+    for routes in (artifacts, capabilities, cluster_view, audit, uploads, health, prometheus, reference):
         app.include_router(routes.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(

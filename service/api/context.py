@@ -10,6 +10,7 @@ from fastapi import Depends, Path, Request
 
 from ncfm_core.errors import Problem, shorten
 from service.api.errors import Forbidden, NotFound
+from service.api.streams import Streams
 from service.jobs import Job
 from service.scopes import Scope
 from service.store import Actor, Store
@@ -57,9 +58,16 @@ def _caller(request: Request) -> Caller:
     return Caller(LOCAL, frozenset({"read", "submit", "admin"}), request.state.request_id)
 
 
+def _streams(request: Request) -> Streams:
+    streams = request.app.state.streams
+    assert isinstance(streams, Streams)
+    return streams
+
+
 CallerDep = Annotated[Caller, Depends(_caller)]
 StoreDep = Annotated[Store, Depends(_store)]
 StorageDep = Annotated[Storage, Depends(_storage)]
+StreamsDep = Annotated[Streams, Depends(_streams)]
 
 
 def may_change(caller: Caller, job: Job) -> None:

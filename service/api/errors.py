@@ -19,8 +19,9 @@ from starlette.types import Scope
 
 from ncfm_core.errors import NcfmError, Problem, SpecError, StorageError, shorten
 from service.archives import ArchiveRefused
-from service.database import StoreError
+from service.database import StoreError, StoreFullError
 from service.jobs import IllegalMove
+from service.store import KeyReused
 from worker.redaction import redact
 
 logger = logging.getLogger("ncfm.api")
@@ -168,6 +169,8 @@ _STATUS: Mapping[type[NcfmError], HTTPStatus] = {
     SpecError: HTTPStatus(422),
     ArchiveRefused: HTTPStatus(422),
     IllegalMove: HTTPStatus.CONFLICT,
+    KeyReused: HTTPStatus(422),
+    StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,
     StoreError: HTTPStatus.SERVICE_UNAVAILABLE,
     StorageError: HTTPStatus.SERVICE_UNAVAILABLE,
 }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from service.jobs import Event, Job, Progress, Reason, Result, State
+from service.jobs import AttemptRecord, CancelRequest, Event, Job, Progress, Reason, Result, State
 from worker.records import ErrorRecord
 
 
@@ -20,12 +21,52 @@ class Links(Body):
     self: str
     events: str
     logs: str
+    metrics: str
+    attempts: str
     artifacts: str
     archive: str
     """All artifacts in one zip."""
     cancel: str
+    rerun: str
+    parent: str | None
+    """The job that this one is a rerun of."""
     mlflow: str | None
     """Page of the run, once there is one."""
+
+
+class ProgressBody(Body):
+    """How far the current stage is."""
+
+    stage: str | None
+    """The stage that runs, or null between two."""
+    completed: int
+    total: int
+    unit: str
+    """What is counted: `step`, `epoch`, `student`."""
+    percent: float | None
+    """Of this stage; null where the total is not known."""
+    eta_seconds: float | None
+    """Until the end of this stage, at its rate so far; null before that is known."""
+    updated_at: datetime | None
+    """When the driver last got further."""
+
+    @classmethod
+    def of(cls, progress: Progress) -> ProgressBody:
+        return cls(**{name: getattr(progress, name) for name in cls.model_fields})
+
+
+class QueueBody(Body):
+    """Where a queued job stands."""
+
+    position: int
+    """1 goes next."""
+    reason: Reason | None
+    """Why it waits."""
+    message: str
+    """The same in a sentence."""
+
+
+Verb = Literal["cancel", "priority", "labels", "rerun", "delete"]
 
 
 class JobBody(Body):
@@ -40,11 +81,20 @@ class JobBody(Body):
     spec: dict[str, JsonValue]
     """The resolved spec: every default filled in when it was posted, and never changed since."""
     requested: dict[str, JsonValue]
-    """The submission as it was posted."""
+    """The submission as it was posted, without priority and labels."""
     warnings: tuple[str, ...]
+    owner: str
+    """Id of the API key that it was posted with; `local` where none is needed."""
+    priority: int
+    """0 to 100."""
+    labels: dict[str, str]
+    parent_id: str | None
+    """The job that this one is a rerun of."""
+    queue: QueueBody | None
+    """Null once it has left the queue."""
     attempt: int
     """Number of the current or last attempt; 0 before the first."""
-    progress: Progress | None
+    progress: ProgressBody | None
     """Of the current stage; null before the first report."""
     stages: dict[str, str]
     """Stage to `pending`, `running`, `cached` or `done`."""
@@ -52,33 +102,92 @@ class JobBody(Body):
     """The figures, once it has succeeded."""
     error: ErrorRecord | None
     """Why it failed."""
+    cancel: CancelRequest | None
+    """How it was asked to end."""
+    publication: Literal["none", "pending", "done", "error"]
+    """Where its MLflow run stands: `pending` until the run holds all that the job found and how it ended."""
     mlflow_run_id: str | None
     mlflow_url: str | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    actions: list[Verb]
+    """What may be done with it now."""
     links: Links
 
     @classmethod
-    def of(cls, job: Job) -> JobBody:
-        shown = {name: getattr(job, name) for name in cls.model_fields if name != "links"}
+    def of(cls, job: Job, *, position: int | None = None) -> JobBody:
+        """A job as it is shown.
+
+        Args:
+            job: as it was read.
+            position: its place in the queue, from 1; None where it waits in none.
+        """
+        derived = ("links", "queue", "progress", "actions")
+        shown = {name: getattr(job, name) for name in cls.model_fields if name not in derived}
         root = f"/jobs/{job.id}"
         links = Links(
             self=root,
             events=f"{root}/events",
             logs=f"{root}/logs",
+            metrics=f"{root}/metrics",
+            attempts=f"{root}/attempts",
             artifacts=f"{root}/artifacts",
             archive=f"{root}/artifacts.zip",
             cancel=f"{root}/cancel",
+            rerun=f"{root}/rerun",
+            parent=None if job.parent_id is None else f"/jobs/{job.parent_id}",
             mlflow=job.mlflow_url,
         )
-        return cls(**shown, links=links)
+        return cls(
+            **shown,
+            queue=None if position is None else QueueBody(position=position, reason=job.reason, message=job.message),
+            progress=None if job.progress is None else ProgressBody.of(job.progress),
+            actions=legal_actions(job.state),
+            links=links,
+        )
+
+
+def legal_actions(state: State) -> list[Verb]:
+    """What may be done with a job in this state."""
+    if state.is_terminal:
+        return ["labels", "rerun", "delete"]
+    return ["cancel", "priority", "labels", "rerun"] if state is State.QUEUED else ["cancel", "labels", "rerun"]
+
+
+class Mean(Body):
+    """Test accuracy in percent over fresh students, of the last epoch."""
+
+    mean: float
+    std: float
+    n: int
+
+
+class JobSummary(Body):
+    """A job as lists have it."""
+
+    id: str
+    state: State
+    reason: Reason | None
+    message: str
+    dataset: str
+    ipc: int
+    method: str
+    owner: str
+    priority: int
+    labels: dict[str, str]
+    progress: ProgressBody | None
+    accuracy: Mean | None
+    """Of the distilled set; null before there is one."""
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
 
 
 class JobList(Body):
-    """A page of jobs, newest first."""
+    """A page of jobs."""
 
-    items: list[JobBody]
+    items: list[JobSummary]
     next: str | None
     """Cursor of the next page, or null on the last one."""
 
@@ -89,6 +198,13 @@ class EventList(Body):
     items: list[Event]
     next: int | None
     """`after` for what follows, or null where this was all so far."""
+
+
+class AttemptList(Body):
+    """Attempts at a job, oldest first."""
+
+    items: list[AttemptRecord]
+    next: str | None = None
 
 
 class Artifact(Body):

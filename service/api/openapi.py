@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from ncfm_core.submission import submission_schema
+from service.api.envelope import ENVELOPE_SCHEMA
 from service.api.errors import ProblemDocument
 from service.jobs import moves_table
 
@@ -20,6 +21,7 @@ SUBMISSION = {
                 "examples": {
                     "smallest": {"value": {"dataset": "digits", "ipc": 1}},
                     "quick": {"value": {"dataset": "cifar10", "ipc": 10, "preset": "quick", "seed": 1}},
+                    "labelled": {"value": {"dataset": "digits", "ipc": 1, "priority": 60, "labels": {"paper": "dm"}}},
                 },
             }
         },
@@ -73,16 +75,28 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas.pop(name, None)
     template = "#/components/schemas/{model}"
     submission = _moved(submission_schema())
+    submission["properties"] |= ENVELOPE_SCHEMA
     problem = ProblemDocument.model_json_schema(ref_template=template)
     for name, schema in (("Submission", submission), ("ProblemDocument", problem)):
         schemas.update(schema.pop("$defs", {}))
         schemas[name] = schema
     for operations in document["paths"].values():
         for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                _unwrap_optional(parameter["schema"])
             for status, response in operation["responses"].items():
                 if "HTTPValidationError" in str(response):
                     operation["responses"][status] = problems(422)[422]
     return document
+
+
+def _unwrap_optional(schema: dict[str, Any]) -> None:
+    """Take the null out of an optional parameter's schema: a query and a header have no way to say it."""
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}]
+    if len(kinds) == 1:
+        del schema["anyOf"]
+        # What is said of the parameter as a whole, such as the length of a text, comes second.
+        schema.update(kinds[0] | schema)
 
 
 def _moved(schema: Any) -> Any:

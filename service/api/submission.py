@@ -38,7 +38,20 @@ async def read_submission(request: Request) -> dict[str, JsonValue]:
         SpecError: it is not an object, or a number in it is not finite.
     """
     _check_headers(request)
-    document = _parse(await _read(request))
+    return _object_in(await _read(request))
+
+
+async def read_optional(request: Request) -> dict[str, JsonValue]:
+    """The body as a JSON object, or an empty one where there is no body; raises as `read_submission` does."""
+    body = await _read(request)
+    if not body.strip():
+        return {}
+    _check_headers(request)
+    return _object_in(body)
+
+
+def _object_in(body: bytes) -> dict[str, JsonValue]:
+    document = _parse(body)
     if not isinstance(document, dict):
         raise SpecError.of("", document, "a submission is an object", 'Try {"dataset": "digits", "ipc": 1}.')
     problems = list(_unusable(document))

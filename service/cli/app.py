@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from ncfm_core.errors import NcfmError, SpecError
-from service.cli import datasets, jobs, keys
+from service.cli import datasets, jobs, keys, upkeep
 from service.cli.bench import bench
+from service.cli.db import db
 from service.cli.demo import demo
 from service.cli.terminal import as_json, messages, results
 from service.client import ClientError, ServiceAway
@@ -35,6 +36,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 jobs.register(app)
+upkeep.register(app)
+app.add_typer(db, name="db")
 app.add_typer(keys.app, name="keys")
 app.add_typer(datasets.app, name="datasets")
 app.command()(demo)

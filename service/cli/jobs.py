@@ -1,14 +1,18 @@
-"""The commands about jobs: submit, ls, show, logs, cancel, pull. They speak to the API and to nothing else."""
+"""The commands about jobs: hand in, look at, end, fetch. They speak to the API and to nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import JsonValue
 from rich.progress import Progress
 from rich.table import Table
 
+from ncfm_core.errors import SpecError
 from service.cli.progress_bars import StageBars
 from service.cli.terminal import as_json, messages, results
 from service.client import Client, ServiceAway
@@ -23,6 +27,19 @@ Url = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, one object.")]
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Of the job; `ncfm ls` lists them.")]
+Spec = Annotated[Path | None, typer.Argument(metavar="[SPEC.yaml]", help="YAML or JSON file; - for standard input.")]
+Dataset = Annotated[str | None, typer.Option(help="Data set, such as digits.")]
+Ipc = Annotated[int | None, typer.Option(help="Images per class.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field, as method.steps=500.")
+]
+Priority = Annotated[int | None, typer.Option(help="0 to 100, 50 by default: higher ones go first.")]
+NewLabels = Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="To find it by; repeatable.")]
+Key = Annotated[
+    str | None, typer.Option("--key", help="Idempotency key: the same request under the same key makes one job.")
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Follow it to its end; exit code 1 if it fails.")]
+EXIT_DETACHED = 130
 
 
 def connect(url: str | None) -> Client:
@@ -48,54 +65,106 @@ def connect(url: str | None) -> Client:
 
 
 def submit(
-    spec: Annotated[
-        Path | None, typer.Argument(metavar="[SPEC.yaml]", help="YAML or JSON file; - for standard input.")
-    ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Data set, such as digits.")] = None,
-    ipc: Annotated[int | None, typer.Option(help="Images per class.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field, as method.steps=500.")
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow it to its end; exit code 1 if it fails.")] = False,
+    spec: Spec = None,
+    dataset: Dataset = None,
+    ipc: Ipc = None,
+    settings: Changes = None,
+    priority: Priority = None,
+    label: NewLabels = None,
+    key: Key = None,
+    wait: Wait = False,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
     """Hand in a job."""
-    document = read_document(spec) if spec is not None else {}
-    given = {"dataset": dataset, "ipc": ipc}
+    document = _document(spec, dataset, ipc, settings or [])
+    given: dict[str, JsonValue] = {"priority": priority, "labels": dict(_labels(label or [])) or None}
     document |= {name: value for name, value in given.items() if value is not None}
-    document = with_changes(document, settings or [])
     with connect(url) as client:
-        job = client.submit(document)
-        for warning in job.warnings:
-            messages.print(f"warning: {warning}", markup=False)
-        if wait:
-            messages.print(f"job {job.id}: {job.title}")
-            job = follow(client, job)
-        _show(job, json)
-    if wait and job.state != "succeeded":
-        raise typer.Exit(1)
+        _handed_in(client, client.submit(document, key=key), wait=wait, json=json)
+
+
+def rerun(
+    job_id: JobId,
+    settings: Changes = None,
+    priority: Priority = None,
+    label: NewLabels = None,
+    key: Key = None,
+    wait: Wait = False,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """Hand in a job again, as a new one; --set changes what it asks for."""
+    overrides, labels = with_changes({}, settings or []), _labels(label or [])
+    with connect(url) as client:
+        job = client.rerun(job_id, overrides or None, priority=priority, labels=labels or None, key=key)
+        _handed_in(client, job, wait=wait, json=json)
+
+
+def validate(
+    spec: Spec = None,
+    dataset: Dataset = None,
+    ipc: Ipc = None,
+    settings: Changes = None,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """Show what would become of a job: its stages, what of them is stored, and how long it would take."""
+    document = _document(spec, dataset, ipc, settings or [])
+    with connect(url) as client:
+        forecast = client.validate(document)
+    if json:
+        as_json(forecast.model_dump(mode="json"))
+        return
+    for warning in forecast.warnings:
+        messages.print(f"warning: {warning}", markup=False)
+    table = Table("stage", "result", "state", "why", box=None)
+    for stage in forecast.stages:
+        table.add_row(stage.stage, stage.name, stage.state, stage.why)
+    results.print(table)
+    estimate = forecast.estimate
+    results.print(f"estimate: {estimate.text if estimate.available else f'none ({estimate.reason})'}", markup=False)
 
 
 def ls(
     limit: Annotated[int, typer.Option(min=1, max=200, help="At most so many, newest first.")] = 20,
     cursor: Annotated[str | None, typer.Option(help="Where to go on: `next` of the page before.")] = None,
+    state: Annotated[list[str] | None, typer.Option(help="Only those in this state; repeatable.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only those of this data set.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only those of this method.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Only those of this API key.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only those with this label; repeatable.")
+    ] = None,
+    after: Annotated[str | None, typer.Option(metavar="TIME", help="Only those created after, UTC.")] = None,
+    before: Annotated[str | None, typer.Option(metavar="TIME", help="Only those created before, UTC.")] = None,
+    oldest: Annotated[bool, typer.Option("--oldest", help="Oldest first.")] = False,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
     """List jobs."""
+    labels = [f"{name}:{value}" for name, value in _labels(label or []).items()]
+    named = {"dataset": dataset, "method": method, "owner": owner, "created_after": after, "created_before": before}
+    filters: dict[str, str | Sequence[str]] = {name: value for name, value in named.items() if value is not None}
+    filters |= {name: values for name, values in (("state", state), ("label", labels)) if values}
+    filters |= {"order": "oldest"} if oldest else {}
     with connect(url) as client:
-        jobs, following = client.jobs(limit=limit, cursor=cursor)
+        jobs, following = client.jobs(limit=limit, cursor=cursor, filters=filters)
     if json:
         as_json({"items": [job.model_dump(mode="json") for job in jobs], "next": following})
         return
-    table = Table("id", "job", "state", "stage", "created", box=None)
+    table = Table(box=None)
+    # Whole at any width: it is there to be copied.
+    table.add_column("id", no_wrap=True, min_width=26)
+    for title in ("job", "state", "stage", "acc. %", "created"):
+        table.add_column(title)
     for job in jobs:
         stage = job.progress.stage if job.progress and not job.is_final else None
-        table.add_row(job.id, job.title, job.state, stage or "", f"{job.created_at:%Y-%m-%d %H:%M}")
+        accuracy = f"{job.accuracy.mean:.1f}" if job.accuracy else ""
+        table.add_row(job.id, job.title, job.state, stage or "", accuracy, f"{job.created_at:%Y-%m-%d %H:%M}")
     results.print(table)
     if following:
-        messages.print(f"more: ncfm ls --cursor {following}")
+        messages.print(f"more: the same with --cursor {following}")
 
 
 def show(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
@@ -104,20 +173,63 @@ def show(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
         _show(client.job(job_id), json)
 
 
-def logs(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
+def logs(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the job has ended.")] = False,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
     """Print what the job's driver has printed."""
     with connect(url) as client:
-        text = client.logs(job_id)
+        if follow and not json:
+            with detaching(job_id):
+                for line in client.follow_log(job_id):
+                    results.print(line, markup=False, end="")
+            return
+        text = "".join(client.follow_log(job_id)) if follow else client.logs(job_id)
     if json:
         as_json({"id": job_id, "logs": text})
     else:
         results.print(text, markup=False, end="")
 
 
-def cancel(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
+def watch(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
+    """Follow a job to its end; exit code 1 if it does not succeed. Ctrl-C leaves it alone."""
+    with connect(url) as client:
+        with detaching(job_id):
+            job = follow(client, client.job(job_id))
+        _show(job, json)
+    if job.state != "succeeded":
+        raise typer.Exit(1)
+
+
+def cancel(
+    job_id: JobId,
+    force: Annotated[bool, typer.Option("--force", help="At once, not at its next step.")] = False,
+    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Let it save itself before.")] = False,
+    grace: Annotated[float | None, typer.Option(min=0, max=3600, help="Seconds that a graceful end may take.")] = None,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
     """Cancel a job."""
     with connect(url) as client:
-        _show(client.cancel(job_id), json)
+        _show(
+            client.cancel(job_id, mode="force" if force else "graceful", checkpoint=checkpoint, grace_seconds=grace),
+            json,
+        )
+
+
+def rm(
+    job_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Of jobs that have ended.")],
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """Take jobs that have ended out of the lists; their files go with the next collection of garbage."""
+    with connect(url) as client:
+        for job_id in job_ids:
+            client.delete(job_id)
+    if json:
+        as_json({"deleted": job_ids})
 
 
 def pull(
@@ -139,8 +251,54 @@ def pull(
 def follow(client: Client, job: Job) -> Job:
     """Show a bar for each stage until the job has ended."""
     with Progress(*StageBars.columns(), console=messages) as progress:
-        bars = StageBars(progress)
-        return client.wait(job.id, on_change=bars.update)
+        bars, current = StageBars(progress), job
+        for current in client.watch(job.id):
+            bars.update(current)
+    return current
+
+
+@contextmanager
+def detaching(job_id: str) -> Iterator[None]:
+    """Ctrl-C inside ends the command, and leaves the job alone."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        messages.print(
+            f"detached: job {job_id} goes on. `ncfm watch {job_id}` follows it, `ncfm cancel {job_id}` ends it.",
+            markup=False,
+        )
+        raise typer.Exit(EXIT_DETACHED) from None
+
+
+def _document(spec: Path | None, dataset: str | None, ipc: int | None, changes: Sequence[str]) -> dict[str, JsonValue]:
+    """The submission that a command line gives."""
+    document = read_document(spec) if spec is not None else {}
+    given = {"dataset": dataset, "ipc": ipc}
+    document |= {name: value for name, value in given.items() if value is not None}
+    return with_changes(document, changes)
+
+
+def _labels(given: Sequence[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise SpecError.of("--label", each, "not of the form key=value", "Try --label paper=dm.")
+        labels[name] = value
+    return labels
+
+
+def _handed_in(client: Client, job: Job, *, wait: bool, json: bool) -> None:
+    """Say what became of a submission, and follow it where that is wanted."""
+    for warning in job.warnings:
+        messages.print(f"warning: {warning}", markup=False)
+    if wait:
+        messages.print(f"job {job.id}: {job.title}")
+        with detaching(job.id):
+            job = follow(client, job)
+    _show(job, json)
+    if wait and job.state != "succeeded":
+        raise typer.Exit(1)
 
 
 def _show(job: Job, json: bool) -> None:
@@ -154,8 +312,11 @@ def _show(job: Job, json: bool) -> None:
     table.add_row("id", job.id)
     table.add_row("job", job.title)
     table.add_row("state", f"{job.state} ({job.reason})" if job.reason else job.state)
+    if job.queue is not None:
+        table.add_row("queue", f"place {job.queue.position}{f': {job.queue.message}' if job.queue.message else ''}")
     if job.progress and not job.is_final:
-        table.add_row("progress", f"{job.progress.stage} {job.progress.completed}/{job.progress.total}")
+        left = f", about {job.progress.eta_seconds:.0f} s left" if job.progress.eta_seconds is not None else ""
+        table.add_row("progress", f"{job.progress.stage} {job.progress.completed}/{job.progress.total}{left}")
     if job.state == "failed":
         table.add_row("error", job.complaint)
     if job.mlflow_url:
@@ -186,5 +347,5 @@ def accuracy_table(job: Job) -> Table:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to an application."""
-    for command in (submit, ls, show, logs, cancel, pull):
+    for command in (submit, validate, rerun, ls, show, watch, logs, cancel, rm, pull):
         app.command()(command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from service.cluster import Capacity
 from service.controller.decision import Action, Move, Policy, Snapshot, Wait
 from service.jobs import Job, Reason, State
@@ -14,37 +16,62 @@ def hold_all(snapshot: Snapshot) -> list[Action | None]:
 
 
 def admit(snapshot: Snapshot, capacity: Capacity, policy: Policy) -> list[Action | None]:
-    """Start queued jobs, oldest first, as long as they fit beside what runs.
+    """Start queued jobs in their order, as long as they fit beside what runs.
 
-    Our own account counts, not Ray's usage, which lags. A job that must wait keeps its place before all younger ones, or a large
-    one would wait for ever; one that can never fit holds up nobody.
+    Our own account counts, not Ray's usage, which lags. A job that must wait keeps its place before all that follow, or a large
+    one would wait for ever; one that can never fit, or whose owner has as many running as may, holds up nobody.
     """
-    running = len(snapshot.attempts)
-    cpus = sum(_demand(attempt.job, capacity).cpus for attempt in snapshot.attempts)
-    gpus = sum(_demand(attempt.job, capacity).gpus for attempt in snapshot.attempts)
+    account = _Account(snapshot, capacity)
     actions: list[Action | None] = []
     is_full = False
     for job in snapshot.queued:
-        demand = _demand(job, capacity)
         lacking = lacks(job, capacity)
         if lacking:
             actions.append(wait(job, Reason.EXCEEDS_CLUSTER, lacking))
+        elif is_owner_full(account.of_owner[job.owner], policy):
+            message = f"as many jobs of this owner run as may at once ({policy.max_running_per_owner})"
+            actions.append(wait(job, Reason.OWNER_LIMIT, message))
         elif is_full:
-            actions.append(wait(job, Reason.CLUSTER_FULL, "waits for older jobs"))
-        elif running >= policy.max_running_jobs:
+            # The same words for all of them, however long: each change would be an event of each.
+            actions.append(wait(job, Reason.CLUSTER_FULL, "waits for jobs before it in the queue"))
+        elif full := account.full(job, policy):
             is_full = True
-            message = f"as many jobs run as may at once ({policy.max_running_jobs})"
-            actions.append(wait(job, Reason.CLUSTER_FULL, message))
-        elif cpus + demand.cpus > capacity.cpus or gpus + demand.gpus > capacity.gpus:
-            is_full = True
-            message = (
-                f"needs {_amount(demand)}; running jobs hold {_amount(Capacity(cpus, gpus))} of {_amount(capacity)}"
-            )
-            actions.append(wait(job, Reason.CLUSTER_FULL, message))
+            actions.append(wait(job, Reason.CLUSTER_FULL, full))
         else:
-            running, cpus, gpus = running + 1, cpus + demand.cpus, gpus + demand.gpus
+            account.take(job)
             actions.append(Move(job, State.STARTING, changes={"attempt": job.attempt + 1}))
     return actions
+
+
+def is_owner_full(running: int, policy: Policy) -> bool:
+    return policy.max_running_per_owner is not None and running >= policy.max_running_per_owner
+
+
+class _Account:
+    """What running jobs hold of the cluster."""
+
+    def __init__(self, snapshot: Snapshot, capacity: Capacity) -> None:
+        self.capacity = capacity
+        self.running = 0
+        self.held = Capacity(0.0, 0.0)
+        self.of_owner: Counter[str] = Counter()
+        for attempt in snapshot.attempts:
+            self.take(attempt.job)
+
+    def take(self, job: Job) -> None:
+        demand = _demand(job, self.capacity)
+        self.running += 1
+        self.of_owner[job.owner] += 1
+        self.held = Capacity(self.held.cpus + demand.cpus, self.held.gpus + demand.gpus)
+
+    def full(self, job: Job, policy: Policy) -> str:
+        """What keeps a job from starting now, or nothing."""
+        if self.running >= policy.max_running_jobs:
+            return f"as many jobs run as may at once ({policy.max_running_jobs})"
+        demand, held, capacity = _demand(job, self.capacity), self.held, self.capacity
+        if held.cpus + demand.cpus <= capacity.cpus and held.gpus + demand.gpus <= capacity.gpus:
+            return ""
+        return f"needs {_amount(demand)}; running jobs hold {_amount(held)} of {_amount(capacity)}"
 
 
 def _demand(job: Job, capacity: Capacity) -> Capacity:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import JsonValue
 
 from service.cluster import Capacity, RayJob
-from service.jobs import Job, Reason, State
+from service.jobs import CancelRequest, Job, Reason, State
 from worker.records import AttemptResult, AttemptStatus
 
 
@@ -20,6 +20,8 @@ class Policy:
 
     max_running_jobs: int
     max_infra_retries: int
+    max_error_retries: int = 3
+    max_running_per_owner: int | None = None
     heartbeat_s: float = 3.0
     """A driver that lives gives a sign at least this often (it means to every 2 s)."""
     silence_s: float = 10.0
@@ -27,9 +29,27 @@ class Policy:
     first_backoff_s: float = 1.0
     max_backoff_s: float = 60.0
 
-    def backoff(self, losses: int) -> timedelta:
-        """Pause before the attempt that follows the given number of losses: each twice the one before."""
-        return timedelta(seconds=min(self.max_backoff_s, self.first_backoff_s * 2.0 ** min(losses - 1, 30)))
+    storage_pause_s: float = 30.0
+    """Between two attempts while the storage root is full."""
+    cleanup_limit_s: float = 300.0
+    """A cancelled job whose end cannot be verified is given up on this long after its driver should have gone."""
+    max_publishers: int = 2
+    publisher_limit_s: float = 900.0
+    """A publisher that takes longer is stopped, and tried again later."""
+    first_publish_backoff_s: float = 5.0
+    max_publish_backoff_s: float = 300.0
+
+    def backoff(self, tries: int) -> timedelta:
+        """Pause before the attempt that follows so many that ended alike: each twice the one before."""
+        return _doubled(self.first_backoff_s, tries, self.max_backoff_s)
+
+    def publish_backoff(self, tries: int) -> timedelta:
+        """Pause before the publisher that follows so many in vain."""
+        return _doubled(self.first_publish_backoff_s, tries, self.max_publish_backoff_s)
+
+
+def _doubled(first_s: float, tries: int, most_s: float) -> timedelta:
+    return timedelta(seconds=min(most_s, first_s * 2.0 ** min(tries - 1, 30)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +65,23 @@ class Attempt:
     """Since the driver's heartbeat last changed, by our own clock; infinite where there was none."""
     is_readable: bool = True
     """False where storage could not be read: then nothing is known."""
+    trouble: str = ""
+    """Why storage could not be read."""
+    has_stop_request: bool = False
+    """Whether the driver has been asked to end of itself."""
+    remains: tuple[str, ...] | None = None
+    """Processes of it that still live by Ray's account; None where that was not asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """An ended job whose MLflow run is to be completed."""
+
+    job: Job
+    ray: RayJob | None
+    """Ray's word on the current publisher; None where there is none yet."""
+    running_s: float = 0.0
+    """Since it was first seen to run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +93,10 @@ class Snapshot:
     """Totals of the cluster; None where Ray cannot be asked: then no attempt's `ray` means anything."""
     attempts: tuple[Attempt, ...]
     queued: tuple[Job, ...]
-    """Oldest first."""
+    """In the order in which they may start."""
+    publications: tuple[Publication, ...] = ()
+    mlflow_error: str = ""
+    """Why MLflow could not be reached when it was last asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +108,8 @@ class Move:
     reason: Reason | None = None
     message: str = ""
     changes: Mapping[str, Any] = field(default_factory=dict)
+    detail: Mapping[str, JsonValue] = field(default_factory=dict)
+    """More for the event's data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +139,45 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestStop:
+    """Ask the driver of the current attempt to end of itself."""
+
+    job: Job
+    request: CancelRequest
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Ask Ray to end the current attempt."""
 
     job: Job
 
 
-Action = Move | Wait | Report | Submit | Stop
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Start the next publisher of an ended job; starting it twice starts one."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class StopPublisher:
+    """Ask Ray to end the current publisher."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A publisher has ended."""
+
+    job: Job
+    publication: Literal["done", "pending", "error"]
+    publish_at: datetime | None
+    """When the next one may start."""
+    message: str
+
+
+Action = Move | Wait | Report | Submit | RequestStop | Stop | Publish | StopPublisher | Published
+OnRay = Submit | Stop | Publish | StopPublisher
+"""Actions that are carried out by Ray."""

@@ -1,4 +1,4 @@
-"""How an attempt is handed to Ray: its spec in the storage root, its command line, its environment."""
+"""How drivers and publishers are handed to Ray: the spec in the storage root, the command line, the environment."""
 
 from __future__ import annotations
 
@@ -9,21 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from service.jobs import Job
+from service.cluster import Capacity, RayJob
+from service.controller.crash_points import reached
+from service.jobs import Job, State
 from service.settings import Settings
 from worker.records import spec_path
 from worker.storage import Storage
 
+RUN_STATUS = {State.SUCCEEDED: "FINISHED", State.FAILED: "FAILED", State.CANCELLED: "KILLED"}
+"""What MLflow calls the end of a run."""
 
-class Submitter(Protocol):
+
+class Muscle(Protocol):
+    """What the controller needs of a cluster (service.cluster.Cluster)."""
+
     def submit(
         self, submission_id: str, entrypoint: str, *, env: Mapping[str, str], metadata: Mapping[str, str]
     ) -> None: ...
+    def find(self, submission_id: str) -> RayJob | None: ...
+    def stop(self, submission_id: str) -> None: ...
+    def remains(self, submission_id: str) -> tuple[str, ...]: ...
+    def capacity(self) -> Capacity: ...
+    def logs(self, submission_id: str) -> str: ...
 
 
 def submission_id(job: Job) -> str:
     """Ray's name for the current attempt: made from ours, so that it is found again after any restart."""
     return f"{job.id}-{job.attempt}"
+
+
+def publisher_id(job: Job) -> str:
+    """Ray's name for the current publisher, or the next one where none runs."""
+    return f"{job.id}-publish-{job.publish_tries + 1}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +72,26 @@ class Launch:
 
     def entrypoint(self, job: Job) -> str:
         """The command line of the driver, as a shell reads it."""
-        spec = f"storage:{spec_path(job.id)}"
-        arguments = ["-m", "worker", "run", spec, "--job-id", job.id, "--attempt", str(job.attempt)]
-        return shlex.join([self.python, *arguments])
+        started = [] if job.started_at is None else ["--started-at", job.started_at.isoformat()]
+        return self._command("run", job, *started)
 
-    def submit(self, job: Job, storage: Storage, cluster: Submitter) -> None:
+    def publisher(self, job: Job) -> str:
+        """The command line of the publisher of an ended job."""
+        return self._command("publish", job, "--status", RUN_STATUS[job.state])
+
+    def submit(self, job: Job, storage: Storage, cluster: Muscle) -> None:
         """Write the spec and start the driver; doing it again changes nothing."""
         storage.put(spec_path(job.id), json.dumps(job.spec, indent=1).encode())
+        reached("after_spec_written")
         metadata = {"job_id": job.id, "attempt": str(job.attempt)}
         cluster.submit(submission_id(job), self.entrypoint(job), env=self.env, metadata=metadata)
+
+    def publish(self, job: Job, cluster: Muscle) -> None:
+        """Start the publisher; doing it again changes nothing."""
+        metadata = {"job_id": job.id, "publish": str(job.publish_tries + 1)}
+        cluster.submit(publisher_id(job), self.publisher(job), env=self.env, metadata=metadata)
+
+    def _command(self, name: str, job: Job, *options: str) -> str:
+        spec = f"storage:{spec_path(job.id)}"
+        arguments = ["-m", "worker", name, spec, "--job-id", job.id, "--attempt", str(job.attempt), *options]
+        return shlex.join([self.python, *arguments])

@@ -23,7 +23,8 @@ class Lookout:
     def __init__(self, store: Store, mlflow_url: str) -> None:
         self._store = store
         self._mlflow_url = mlflow_url
-        self._mlflow_error = ""
+        self.mlflow_error = ""
+        """Why MLflow could not be reached when it was last asked."""
         self._mlflow_asked_at = self._written_at = float("-inf")
         self._written: tuple[object, ...] = ()
 
@@ -36,13 +37,14 @@ class Lookout:
         at = time.monotonic()
         if at - self._mlflow_asked_at >= MLFLOW_EVERY_S:
             self._mlflow_asked_at = at
-            self._mlflow_error = ask_mlflow(self._mlflow_url)
-        seen = (capacity, ray_error, self._mlflow_error)
+            self.mlflow_error = ask_mlflow(self._mlflow_url)
+        seen = (capacity, capacity and capacity.nodes, ray_error, self.mlflow_error)
         if seen == self._written and at - self._written_at < EVERY_S:
             return
-        sighting = Sighting(checked_at=now(), ray_error=ray_error, mlflow_error=self._mlflow_error)
+        sighting = Sighting(checked_at=now(), ray_error=ray_error, mlflow_error=self.mlflow_error)
         if capacity is not None:
             sighting = replace(sighting, cpus=capacity.cpus, gpus=capacity.gpus, seen_at=sighting.checked_at)
+            sighting = replace(sighting, nodes=capacity.nodes)
         self._store.see(sighting)
         self._written, self._written_at = seen, at
 

@@ -67,6 +67,7 @@ def run_stack(
         before = home.read()
         if before is not None:
             _sweep_stale(before, say)
+        _upgrade_database(settings.database, say)
         chosen = _choose_ports(wishes, before.ports if before else {})
         ray_tmpdir = _make_ray_tmpdir()
         token = home.write_secret("ray.token", secrets.token_hex(32))
@@ -85,6 +86,25 @@ def _sweep_stale(state: StackState, say: Say) -> None:
     shutil.rmtree(state.ray_tmpdir, ignore_errors=True)
     if left:
         say(f"ended {left} processes that an earlier stack had left behind")
+
+
+def _upgrade_database(url: str, say: Say) -> None:
+    """Bring the database of an older release to this one's schema: nobody else uses it, and a copy of it stays."""
+    from service.database import open_unchecked  # SQLAlchemy is slow to import, and commands are not
+    from service.schema import SCHEMA
+
+    database = open_unchecked(url)
+    try:
+        found = database.revision()
+        if found is None or found >= SCHEMA:
+            return
+        kept = database.copy_beside(found)
+        database.upgrade()
+        say(
+            f"the database has been brought from schema {found} to {SCHEMA}{kept and f'; the old one is kept as {kept}'}"
+        )
+    finally:
+        database.close()
 
 
 def _choose_ports(wishes: Wishes, before: dict[str, int]) -> dict[str, int]:

@@ -165,3 +165,20 @@ def test_fixed_seed_gives_the_reference(digits: Dataset, pool: TeacherPool, spec
     if not all(reference["values"][name] == pytest.approx(value, rel=2e-3) for name, value in measured.items()):
         assert reference["versions"] != STAGE_VERSIONS, f"results changed, the stage versions did not: {measured}"
     assert reference["versions"] == STAGE_VERSIONS, f"write reference.json for these versions: {measured}"
+
+
+def test_pause_ends_a_run_after_that_step_and_costs_no_bits(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
+    whole = distillation(digits, pool, spec.method)
+    for _ in whole.run():
+        pass
+    paused = distillation(digits, pool, spec.method)
+    reports = list(paused.run(pause=lambda: paused.step >= 7))
+    assert (paused.step, reports[-1].completed) == (7, 7)
+    paused.end_here()
+    images = paused.synthetic.images.detach()
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    resumed = distillation(digits, pool, spec.method)
+    resumed.load_state(paused.state())
+    for _ in resumed.run():
+        pass
+    assert torch.equal(resumed.result().images, whole.result().images)

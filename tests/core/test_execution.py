@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ncfm_core import distill
 from ncfm_core.datasets import Dataset
+from ncfm_core.discrepancy import CharacteristicFunction, characteristic_function_by_class
 from ncfm_core.distill import Distillation
 from ncfm_core.errors import ResourcesError
 from ncfm_core.execution import Execution, choose, compiler_exists, even_chunks
@@ -98,6 +100,24 @@ def test_full_memory_is_tried_once_more_with_half_as_much(
     resumed = Distillation(digits, pool, method(spec), ipc=2, seed=0, device=CPU)
     resumed.load_state(run.state())
     assert (resumed.halvings, resumed.execution) == (1, run.execution)
+
+
+def test_psi_when_memory_runs_out_after_its_ascent_climbs_once(
+    digits: Dataset, pool: TeacherPool, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, run = (Distillation(digits, pool, method(spec), ipc=2, seed=0, device=CPU) for _ in range(2))
+    list(undisturbed.run(until=1))
+    transform, failures = characteristic_function_by_class, [FULL[0]]
+
+    def scarce(features: Tensor, frequencies: Tensor) -> CharacteristicFunction:
+        if failures:
+            raise failures.pop()
+        return transform(features, frequencies)
+
+    monkeypatch.setattr(distill, "characteristic_function_by_class", scarce)
+    list(run.run(until=1))
+    assert run.halvings == 1
+    assert torch.equal(run.state()["sampler.log_scales"], undisturbed.state()["sampler.log_scales"])
 
 
 def test_memory_that_stays_full_names_the_knob(

@@ -234,3 +234,14 @@ def test_search_space_accepts_every_numeric_and_categorical_field_of_the_method(
         value = resolve({"dataset": "digits", "ipc": 1}).method.model_dump()[name]
         resolve({"dataset": "digits", "ipc": 1, "search": {"space": {name: [value]}}})
         assert field.description
+
+
+@pytest.mark.parametrize("seconds", [9, 10_000_001, float("inf"), -1, "60"])
+def test_wall_time_has_bounds(seconds: float | str) -> None:
+    with pytest.raises(SpecError, match=r"limits\.wall_seconds"):
+        resolve({"dataset": "digits", "ipc": 1, "limits": {"wall_seconds": seconds}})
+
+
+def test_wall_time_is_not_limited_by_itself() -> None:
+    assert resolve({"dataset": "digits", "ipc": 1}).limits.wall_seconds is None
+    assert resolve({"dataset": "digits", "ipc": 1, "limits": {"wall_seconds": 60}}).limits.wall_seconds == 60

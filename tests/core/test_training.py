@@ -200,3 +200,9 @@ def test_batch_norm_is_never_cut_into_pieces(digits: Dataset, spec: JobSpec) -> 
     batch = spec.model_copy(update={"model": spec.model.model_copy(update={"norm": "batch"})})
     run = training(digits, batch)
     assert run._chunk == run.batch_size
+
+
+def test_pause_ends_a_training_after_that_step(digits: Dataset, spec: JobSpec) -> None:
+    run = training(digits, spec)
+    reports = list(run.run(pause=lambda: run.step >= 3))
+    assert (run.step, [each.completed for each in reports]) == (3, [3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,15 +15,20 @@ import psutil
 import pytest
 
 from service.client import Client
+from service.jobs import State
 from service.local.state import Home, StackState
 from service.local.sweep import find
 from service.replies import Job
+from service.store import Filter, Store
+from tests.faults.checker import check
 from worker.records import StageResult
 from worker.storage import Storage
 
 Until = Callable[..., Any]
 
 POLL_S = 0.1
+END_LIMIT_S = 60.0
+"""For the last processes of a job that has ended."""
 PATIENCE_S = 10.0
 """For one answer of the API: a machine that is busy is no fault."""
 
@@ -33,6 +39,35 @@ def home(stack: StackState) -> Home:
     return Home(Path(stack.home))
 
 
+@pytest.fixture(autouse=True)
+def checked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test on the running stack: what must hold whatever befell it."""
+    stack = request.getfixturevalue("stack") if "stack" in request.fixturenames else None
+    yield
+    if isinstance(stack, StackState):
+        store = Store(f"sqlite:///{stack.home}/ncfm.db")
+        check(store, Storage(str(Path(stack.home, "storage"))), alive=Carriers(store))
+        store.close()
+
+
+class Carriers:
+    """Processes of this machine that carry a job's id; those of ended jobs are given a while to end."""
+
+    def __init__(self, store: Store) -> None:
+        ended = [state for state in State if state.is_terminal]
+        jobs = [job.id for job in store.page(limit=100_000, wanted=Filter(states=ended))]
+        deadline = time.monotonic() + END_LIMIT_S
+        while True:
+            told = {each: words(each) for each in psutil.process_iter()}
+            self._found = {job_id: [each for each in told if job_id in told[each]] for job_id in jobs}
+            if not any(self._found.values()) or time.monotonic() > deadline:
+                return
+            time.sleep(0.5)
+
+    def __call__(self, job_id: str) -> list[psutil.Process]:
+        return self._found.get(job_id, [])
+
+
 @pytest.fixture
 def followed(stack_client: Client) -> Callable[[str], Job]:
     """Waits for the end of a job."""
@@ -40,13 +75,23 @@ def followed(stack_client: Client) -> Callable[[str], Job]:
 
 
 @pytest.fixture
-def same_job(main_job: list[Job], small_job: dict[str, Any], stack_storage: Storage) -> dict[str, Any]:
+def forget_sets(stack_storage: Storage) -> Callable[[], None]:
+    """Takes all sets out of the storage root, so that they are made again."""
+
+    def forget() -> None:
+        for path in stack_storage.list("results"):
+            result = stack_storage.get_record(path, StageResult)
+            assert result is not None
+            if result.stage in ("distill", "publish"):
+                stack_storage.delete([path])
+
+    return forget
+
+
+@pytest.fixture
+def same_job(main_job: list[Job], small_job: dict[str, Any], forget_sets: Callable[[], None]) -> dict[str, Any]:
     """The main job's submission, whose set has been taken out of the storage root so that it is made again."""
-    for path in stack_storage.list("results"):
-        result = stack_storage.get_record(path, StageResult)
-        assert result is not None
-        if result.stage in ("distill", "publish"):
-            stack_storage.delete([path])
+    forget_sets()
     return small_job
 
 
@@ -73,11 +118,16 @@ def processes_of(stack: StackState) -> Callable[[str], list[psutil.Process]]:
     return look
 
 
-def carries(process: psutil.Process, word: str) -> bool:
+def words(process: psutil.Process) -> str:
+    """The command line and the environment of another process."""
     with suppress(psutil.Error, OSError):
-        told = [*process.cmdline(), *process.environ().values()]
-        return process.pid != psutil.Process().pid and any(word in each for each in told)
-    return False
+        if process.pid != os.getpid():
+            return "\n".join([*process.cmdline(), *process.environ().values()])
+    return ""
+
+
+def carries(process: psutil.Process, word: str) -> bool:
+    return word in words(process)
 
 
 def title(process: psutil.Process) -> str:

@@ -257,7 +257,7 @@ def test_events_when_after_is_not_legal(client: httpx.Client) -> None:
     ("method", "path", "allowed"),
     [
         ("PUT", "/jobs", "GET, POST, HEAD"),
-        ("DELETE", "/jobs/nothing", "GET, HEAD"),
+        ("PUT", "/jobs/nothing", "GET, PATCH, DELETE, HEAD"),
         ("GET", "/jobs/nothing/cancel", "POST"),
         ("POST", "/livez", "GET, HEAD"),
     ],

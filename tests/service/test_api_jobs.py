@@ -85,7 +85,8 @@ def test_get_job_when_running_and_done_shows_progress_and_figures(
     progress = Progress(stage="distill", completed=3, total=10, unit="step")
     job = move(api_store, body, State.STARTING, State.RUNNING, progress=progress)
     assert client.get(f"/jobs/{job.id}").json()["progress"] == {
-        "stage": "distill", "completed": 3, "total": 10, "unit": "step"
+        "stage": "distill", "completed": 3, "total": 10, "unit": "step",
+        "percent": 30.0, "eta_seconds": None, "updated_at": None,
     }  # fmt: skip
     result = FakeDriver(api_storage, job).succeed()
     api_store.move(job, State.SUCCEEDED, result=result_of(result), mlflow_url=result.mlflow_url)
@@ -218,7 +219,7 @@ def test_openapi_when_read_documents_submission_statuses_and_problems(client: ht
     document = client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     assert schemas["Submission"]["required"] == ["dataset", "ipc"]
-    assert set(schemas["Submission"]["properties"]) == set(JobSpec.model_fields)
+    assert set(schemas["Submission"]["properties"]) == set(JobSpec.model_fields) | {"priority", "labels"}
     body = document["paths"]["/jobs"]["post"]["requestBody"]["content"]["application/json"]
     assert body["schema"] == {"$ref": "#/components/schemas/Submission"}
     for reference in references(document):
@@ -226,9 +227,9 @@ def test_openapi_when_read_documents_submission_statuses_and_problems(client: ht
     assert "HTTPValidationError" not in str(document)
     assert "| queued | starting, cancelled |" in document["info"]["description"]
     expected = {
-        ("/jobs", "post"): {"201", "400", "403", "413", "415", "422", "500", "503"},
+        ("/jobs", "post"): {"201", "400", "403", "413", "415", "422", "500", "503", "507"},
         ("/jobs", "get"): {"200", "403", "422", "500", "503"},
-        ("/jobs/{id}/cancel", "post"): {"200", "202", "403", "404", "409", "500", "503"},
+        ("/jobs/{id}/cancel", "post"): {"200", "202", "400", "403", "404", "409", "422", "500", "503"},
         ("/jobs/{id}/artifacts/{path}", "get"): {"200", "206", "304", "403", "404", "410", "416", "500", "503"},
     }
     for (path, method), statuses in expected.items():

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from service.api import create_app
+from service.api import create_app, listing
 from service.api.server import AddressError, bind, check_reach
 from service.database import StoreError
 from service.keys import Keys
@@ -101,6 +101,13 @@ def test_bind_when_localhost_is_named_is_on_loopback(tmp_path: Path) -> None:
         assert listener.getsockname()[1] > 0
 
 
+def test_bind_when_a_client_calls_answers_without_waiting_for_acknowledgements(tmp_path: Path) -> None:
+    with bind(Settings(home=tmp_path, port=0)) as listener, socket.create_connection(listener.getsockname()[:2]):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_bind_when_the_port_is_taken_says_so(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(AddressError) as caught:
         bind(Settings(home=tmp_path, port=taken.getsockname()[1]))
@@ -135,8 +142,9 @@ def test_readyz_when_the_database_is_away_is_503_and_livez_is_not(
     def away(*_: object, **__: object) -> None:
         raise StoreError.of("NCFM_DATABASE_URL", "sqlite:///x", "the database cannot be used: disk I/O error")
 
-    for name in ("check_writable", "add", "page"):
+    for name in ("check_writable", "add_once"):
         monkeypatch.setattr(Store, name, away)
+    monkeypatch.setattr(listing, "summaries", away)
     assert client.get("/livez").status_code == 200
     for reply in (client.get("/readyz"), client.get("/jobs"), client.post("/jobs", json=SMALLEST)):
         assert reply.status_code == 503
@@ -149,7 +157,7 @@ def test_bug_when_it_strikes_is_a_problem_without_a_traceback(app: FastAPI, monk
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(Store, "page", broken)
+    monkeypatch.setattr(listing, "summaries", broken)
     reply = caller(app).get("/jobs", headers={"X-Request-ID": "find-me"})
     assert (reply.status_code, reply.json()["code"], reply.json()["request_id"]) == (500, "internal", "find-me")
     assert reply.headers["X-Request-ID"] == "find-me"

@@ -42,6 +42,11 @@ COMMANDS = [
     ("logs", "x"),
     ("cancel", "x"),
     ("pull", "x"),
+    ("validate", "--dataset", "digits", "--ipc", "1"),
+    ("rerun", "x"),
+    ("watch", "x"),
+    ("logs", "-f", "x"),
+    ("rm", "x"),
 ]
 
 
@@ -74,6 +79,8 @@ def test_command_names_the_address_when_the_service_is_away(
         (("submit", "--ipc", "many"), "Invalid value for '--ipc'"),
         (("submit", "--dataset", "digits", "--set", "steps"), "not of the form key=value"),
         (("ls", "--limit", "0"), "Invalid value for '--limit'"),
+        (("ls", "--label", "paper"), "--label: not of the form key=value"),
+        (("submit", "--dataset", "digits", "--label", "x"), "--label: not of the form key=value"),
         (("ls", "--url", "nonsense"), "no service answers"),
         (("show",), "Missing argument"),
         (("shw",), "No such command"),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,7 @@ def test_every_method_is_unreachable_when_ray_is_away(error: httpx.TransportErro
         lambda: cluster.stop("a"),
         lambda: cluster.capacity(),
         lambda: cluster.logs("a"),
+        lambda: cluster.remains("a"),
     ):
         with pytest.raises(ClusterUnreachable, match="cannot be asked"):
             ask()
@@ -142,6 +144,61 @@ def test_capacity_sums_the_nodes_that_are_alive() -> None:
     )
 
     assert cluster.capacity() == Capacity(cpus=10.0, gpus=4.0)
+
+
+def test_capacity_shows_its_nodes() -> None:
+    node = {"state": "ALIVE", "node_id": "n1", "node_ip": "10.0.0.1", "is_head_node": True}
+    [shown] = answering(200, nodes(node | {"resources_total": {"CPU": 2.0, "memory": 1e9}})).capacity().nodes
+    assert shown == {"id": "n1", "address": "10.0.0.1", "head": True, "memory_bytes": 1e9, "cpus": 2.0, "gpus": 0.0}
+
+
+def state_of(job: dict[str, object], **rows: list[dict[str, object]]) -> Cluster:
+    """A Ray whose state API has these tasks, actors and workers."""
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/api/jobs/a-1":
+            return httpx.Response(200, json=job)
+        kind = request.url.path.rpartition("/")[2]
+        wanted = {"workers": ("is_alive", "true")}.get(kind, ("job_id", "02000000"))
+        query = request.url.params
+        assert (query["filter_keys"], query["filter_values"], query["filter_predicates"]) == (*wanted, "=")
+        return httpx.Response(200, json=nodes(*rows.get(kind, [])))
+
+    return cluster_that(handler)
+
+
+WORKER: dict[str, object] = {"worker_id": "w1", "worker_type": "WORKER", "node_id": "n1", "ip": "10.0.0.1", "pid": 7}
+
+
+@pytest.mark.parametrize(
+    ("rows", "left"),
+    [
+        ({"workers": [WORKER]}, ()),
+        (
+            {"workers": [WORKER], "tasks": [{"worker_id": "w1", "worker_pid": 7, "node_id": "n1"}]},
+            ("worker 7 on 10.0.0.1",),
+        ),
+        ({"workers": [WORKER], "actors": [{"node_id": "n1", "pid": 7, "state": "DEAD"}]}, ("worker 7 on 10.0.0.1",)),
+        # The same pid on another node is another process.
+        ({"workers": [WORKER], "actors": [{"node_id": "n2", "pid": 7}], "tasks": [{"worker_pid": 7}]}, ()),
+        (
+            {"workers": [WORKER | {"worker_id": "02000000" + "f" * 48, "worker_type": "DRIVER"}]},
+            ("driver 7 on 10.0.0.1",),
+        ),
+    ],
+)
+def test_remains_are_the_live_workers_that_ran_anything_of_the_job(
+    rows: dict[str, list[dict[str, object]]], left: tuple[str, ...]
+) -> None:
+    joined = details(driver_info={"id": "02000000", "node_ip_address": "10.0.0.1", "pid": "5"})
+    assert state_of(joined, **rows).remains("a-1") == left
+
+
+def test_remains_are_none_when_the_driver_never_joined_and_unknown_when_ray_is_vague() -> None:
+    assert state_of(details(driver_info=None), workers=[WORKER]).remains("a-1") == ()
+    assert answering(404, "Job a-1 does not exist").remains("a-1") == ()
+    with pytest.raises(ClusterUnreachable):
+        answering(500, "GCS is away").remains("a-1")
 
 
 @pytest.mark.parametrize("reply", [nodes(), {"result": False, "msg": "GCS is away", "data": {"result": None}}])
@@ -252,6 +309,43 @@ def test_real_head_stops_a_job_when_asked(head: Cluster) -> None:
 
     assert wait_for_end(head, "stop-1").status == "STOPPED"
     head.stop("stop-1")
+
+
+DRIVER = """
+import time, ray
+ray.init(address="auto", log_to_driver=False)
+@ray.remote(num_cpus=1)
+def hang():
+    time.sleep(600)
+@ray.remote(num_cpus=0)
+class Held:
+    def up(self): return True
+held = Held.remote()
+ray.get(held.up.remote())
+tasks = [hang.remote()]
+print("all up", flush=True)
+ray.get(tasks)
+"""
+
+
+@pytest.mark.e2e
+def test_real_head_tells_what_is_left_of_a_job(head: Cluster, tmp_path: Path) -> None:
+    """While it runs it has a driver and an actor's process; soon after its stop nothing."""
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    head.submit("left-1", f"{sys.executable} {script}", env={}, metadata={})
+    deadline = time.monotonic() + 60
+    while "all up" not in head.logs("left-1") or len(head.remains("left-1")) < 2:
+        assert time.monotonic() < deadline, head.logs("left-1")
+        time.sleep(0.2)
+    assert sum(each.startswith("driver ") for each in head.remains("left-1")) == 1
+
+    head.stop("left-1")
+
+    assert wait_for_end(head, "left-1").status == "STOPPED"
+    while head.remains("left-1"):
+        assert time.monotonic() < deadline, head.remains("left-1")
+        time.sleep(0.2)
 
 
 @pytest.mark.e2e

@@ -8,93 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import JsonValue
 
-from ncfm_core.submission import resolve
 from service.cluster import Capacity, ClusterUnreachable
 from service.controller import Controller
-from service.controller.decision import Policy
+from service.controller.decision import Submit
 from service.controller.launch import Launch
 from service.controller.sightings import Lookout, ask_mlflow
-from service.jobs import MOVES, Job, Reason, State, cancel_move, new_job_id
+from service.jobs import Job, Reason, State, cancel_move
 from service.settings import Settings
-from service.store import Store
-from service.testing import FakeDriver, InMemoryCluster
-from worker.records import attempt_path, now, spec_path
-from worker.storage import Storage
-
-# Two of the cluster's two CPUs: one job fills it.
-DOCUMENT: dict[str, JsonValue] = {"dataset": "digits", "ipc": 1, "resources": {"cpus": 2}}
-SPEC = resolve(DOCUMENT).document()
-POLICY = Policy(max_running_jobs=4, max_infra_retries=2, first_backoff_s=0.0)
-
-
-class World:
-    """A database, a storage root and a cluster, which outlive their controller."""
-
-    def __init__(self, home: Path) -> None:
-        self.settings = Settings(home=home, worker_python="/opt/a venv/bin/python", mlflow_url="http://mlflow:5000")
-        self.store = Store(self.settings.database)
-        self.storage = Storage(self.settings.storage_url)
-        self.cluster = InMemoryCluster()
-        self.seconds = 0.0
-        self.controller = self.restarted()
-
-    def restarted(self, store: Store | None = None, cluster: InMemoryCluster | None = None) -> Controller:
-        self.controller = Controller(
-            store or self.store,
-            self.storage,
-            cluster or self.cluster,
-            policy=POLICY,
-            launch=Launch.from_settings(self.settings),
-            clock=lambda: self.seconds,
-        )
-        return self.controller
-
-    def submit(self) -> Job:
-        return self.store.add(Job(id=new_job_id(), requested=DOCUMENT, spec=SPEC, created_at=now()))
-
-    def job(self, job: Job) -> Job:
-        current = self.store.get(job.id)
-        assert current is not None
-        return current
-
-    def driver(self, job: Job) -> FakeDriver:
-        return FakeDriver(self.storage, self.job(job))
-
-    def rounds(self, job: Job, *, n: int = 5) -> Job:
-        """Some rounds, with time passing between them."""
-        for _ in range(n):
-            self.controller.round()
-            self.seconds += 1
-        return self.job(job)
-
-    def running(self) -> Job:
-        """A job whose first attempt runs."""
-        job = self.submit()
-        self.rounds(job, n=2)
-        self.cluster.start(f"{job.id}-1")
-        self.driver(job).beat(1)
-        return self.rounds(job, n=1)
-
-    def cancel(self, job: Job) -> Job:
-        to = cancel_move(self.job(job))
-        assert to is not None
-        moved = self.store.move(self.job(job), to, reason=Reason.REQUESTED)
-        assert moved is not None
-        return moved
-
-    def path(self, job: Job) -> list[str]:
-        """The states of a job, from its events; checks that it is a legal one."""
-        events = self.store.events(job.id, after=0, limit=200)
-        assert [event.seq for event in events] == list(range(1, len(events) + 1))
-        states = [State.QUEUED]
-        for event in events:
-            if event.type == "state":
-                assert event.data["from"] == states[-1]
-                assert event.data["to"] in MOVES[states[-1]]
-                states.append(State(str(event.data["to"])))
-        return [str(state) for state in states]
+from service.testing import FakeDriver
+from tests.service.world import World
+from worker.records import attempt_path, spec_path
 
 
 @pytest.fixture
@@ -111,8 +35,11 @@ def test_job_when_all_goes_well(world: World) -> None:
     assert world.rounds(job, n=1).state is State.STARTING
     [(name, submission)] = world.cluster.submissions.items()
     assert name == f"{job.id}-1"
+    started_at = world.job(job).started_at
+    assert started_at is not None
     assert submission.entrypoint == (
         f"'/opt/a venv/bin/python' -m worker run storage:jobs/{job.id}/spec.json --job-id {job.id} --attempt 1"
+        f" --started-at {started_at.isoformat()}"
     )
     assert submission.env["NCFM_STORAGE"] == str(world.settings.home / "storage")
     assert submission.env["NCFM_MLFLOW_URL"] == "http://mlflow:5000"
@@ -155,7 +82,7 @@ def test_job_when_its_driver_is_killed_recovers_with_a_new_attempt(world: World)
     assert world.rounds(job, n=1).state is State.RECOVERING
     lost = world.job(job)
     assert (lost.reason, lost.losses) == (Reason.WORKER_LOST, 1)
-    assert lost.message == "attempt 1 ended without a result: driver was killed"
+    assert lost.message == "attempt 1 ended without a result: driver was killed; attempt 2 follows in 0 s"
     assert world.storage.get(attempt_path(job.id, 1, "driver.log")) == f"log of {job.id}-1\n".encode()
     again = world.rounds(job, n=2)
     assert (again.state, again.attempt) == (State.STARTING, 2)
@@ -262,7 +189,7 @@ def test_cancel_when_it_ends_while_a_slow_controller_submits_leaves_no_driver(wo
     world.cancel(job)
     world.rounds(job, n=2)
     slow = world.restarted()
-    slow._submit(starting)
+    slow._act.do(Submit(starting))
     assert world.cluster.stops == [f"{job.id}-1"]
 
 
@@ -399,20 +326,6 @@ def test_job_when_the_controller_is_killed_around_any_side_effect(
             effects = after
             break
     assert effects >= (5 if cancel else 7), "the scenario has had at least as many side effects as moves"
-
-
-def test_two_controllers_when_they_run_at_once_move_each_job_once(world: World) -> None:
-    world.cluster.cpus = 100
-    jobs = [world.submit() for _ in range(8)]
-    controllers = [world.restarted() for _ in range(2)]
-    threads = [threading.Thread(target=lambda c=c: [c.round() for _ in range(10)]) for c in controllers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for job in jobs:
-        assert world.path(job) in (["queued"], ["queued", "starting"])
-    assert len(world.store.active()) == len(world.cluster.submissions) <= 2 * POLICY.max_running_jobs
 
 
 def test_run_when_asked_to_stop_ends_at_once_and_tells_what_it_saw(world: World) -> None:

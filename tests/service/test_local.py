@@ -13,10 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service.database import open_unchecked
 from service.local import ports
+from service.local.stack import _upgrade_database
 from service.local.state import Home, StackError, StackState
 from service.local.sweep import STACK_ID, STACK_PART, find, sweep
 from service.processes import PROCESSES
+from service.schema import SCHEMA, downgrade
 
 SLEEPER = "import time; time.sleep(600)"
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
@@ -213,3 +216,21 @@ def test_guardian_sweeps_when_the_supervisor_is_gone(stack_id: str, tmp_path: Pa
     end(worker)
     assert worker.returncode == -9
     assert not folder.exists()
+
+
+def test_database_of_an_older_release_is_upgraded_and_kept(tmp_path: Path) -> None:
+    url, said = f"sqlite:///{tmp_path / 'ncfm.db'}", list[str]()
+    database = open_unchecked(url)
+    database.upgrade()
+    with database.writing() as connection:
+        downgrade(connection, "0001")
+    _upgrade_database(url, said.append)
+    assert database.revision() == SCHEMA
+    kept = open_unchecked(f"{url}.0001")
+    assert kept.revision() == "0001"
+    [line] = said
+    assert str(tmp_path / "ncfm.db.0001") in line
+    _upgrade_database(url, said.append)
+    assert len(said) == 1
+    kept.close()
+    database.close()

@@ -8,9 +8,23 @@ from typing import Any
 import pytest
 
 from service.cluster import Capacity, RayJob
-from service.controller.decision import Action, Attempt, Move, Policy, Report, Snapshot, Stop, Submit, Wait
+from service.controller.decision import (
+    Action,
+    Attempt,
+    Move,
+    Policy,
+    Publication,
+    Published,
+    Report,
+    RequestStop,
+    Snapshot,
+    Stop,
+    StopPublisher,
+    Submit,
+    Wait,
+)
 from service.controller.policy import decide
-from service.jobs import Job, Reason, State
+from service.jobs import CancelRequest, Job, Reason, State
 from worker.records import AttemptResult, AttemptStatus, ErrorRecord
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -31,6 +45,10 @@ def a_status(**changes: object) -> AttemptStatus:
         heartbeat_at=NOW, mlflow_run_id="r", mlflow_url="u",
     )  # fmt: skip
     return status.model_copy(update=changes)
+
+
+def stopped() -> AttemptResult:
+    return a_result().model_copy(update={"outcome": "stopped", "publication": "done"})
 
 
 def a_result(code: str | None = None, *, retryable: bool = False) -> AttemptResult:
@@ -110,7 +128,16 @@ STALE: dict[str, Any] = {"status": a_status(), "silent_s": 11.0}
         (State.CANCELLING, {"ray": PENDING}, "stop"),
         (State.CANCELLING, {"ray": RUNNING} | FRESH, "stop"),
         (State.CANCELLING, {"ray": STOPPED} | FRESH, "nothing"),
-        (State.CANCELLING, {"ray": STOPPED, "status": a_status(), "silent_s": 3.5}, "cancelled requested"),
+        (State.CANCELLING, {"ray": STOPPED, "status": a_status(), "silent_s": 3.5}, "nothing"),
+        (
+            State.CANCELLING,
+            {"ray": STOPPED, "status": a_status(), "silent_s": 3.5, "remains": ()},
+            "cancelled requested",
+        ),
+        (State.CANCELLING, {"ray": STOPPED, "silent_s": 3.5, "remains": ("worker 7",)}, "wait requested"),
+        # The driver ended in good order: nothing more of it is to be expected.
+        (State.CANCELLING, {"ray": ENDED, "result": stopped(), "remains": ()} | FRESH, "cancelled requested"),
+        (State.CANCELLING, {"ray": ENDED, "result": stopped()} | FRESH, "nothing"),
         (State.CANCELLING, FRESH, "nothing"),
         (State.CANCELLING, STALE, "cancelled requested"),
         (State.CANCELLING, {"ray": ENDED, "result": a_result()} | FRESH, "succeeded"),
@@ -125,8 +152,13 @@ def test_decide_when_an_attempt_stands_so(state: State, known: dict[str, Any], e
 @pytest.mark.parametrize("ray", [None, KILLED, RUNNING])
 def test_decide_when_ray_or_storage_cannot_be_asked_moves_nothing(state: State, ray: RayJob | None) -> None:
     blind = follow(a_job(state), capacity=None, ray=ray, **(STALE if state is State.RUNNING else {}))
-    assert outcome(blind) in ("nothing", "report")
-    assert follow(a_job(state), ray=ray, is_readable=False) is None
+    assert outcome(blind) in ("nothing", "report", "wait requested")
+    unreadable = follow(a_job(state), ray=ray, is_readable=False, trouble="no such bucket")
+    assert isinstance(unreadable, Wait)
+    assert unreadable.message == "waits for the storage root, which cannot be read: no such bucket"
+    assert unreadable.reason is Reason.STORAGE_UNAVAILABLE
+    told = a_job(state, reason=unreadable.reason, message=unreadable.message)
+    assert follow(told, ray=ray, is_readable=False, trouble="no such bucket") is None
 
 
 def test_decide_when_ray_is_away_still_believes_a_result() -> None:
@@ -156,6 +188,156 @@ def test_decide_when_lost_again_and_again_waits_longer_and_gives_up() -> None:
     assert "4 attempts were lost" in last.message
     assert isinstance(last.changes["error"], ErrorRecord)
     assert POLICY.backoff(1000) == timedelta(seconds=60)
+
+
+def test_decide_when_an_error_passes_again_and_again_counts_it_apart_from_losses() -> None:
+    passing = a_result("storage_error", retryable=True)
+    policy = replace(POLICY, max_error_retries=1)
+    job = a_job(State.RUNNING, losses=3)
+    attempt = Attempt(job=job, ray=ENDED, status=None, result=passing, silent_s=0)
+    [move] = decide(Snapshot(now=NOW, capacity=TWO_CPUS, attempts=(attempt,), queued=()), policy)
+    assert isinstance(move, Move)
+    assert (move.to, move.changes["failures"]) == (State.RECOVERING, 1)
+    assert "losses" not in move.changes
+    assert move.message == "no such data; attempt 2 follows in 1 s"
+    attempt = replace(attempt, job=job.model_copy(update={"failures": 1}))
+    [last] = decide(Snapshot(now=NOW, capacity=TWO_CPUS, attempts=(attempt,), queued=()), policy)
+    assert isinstance(last, Move)
+    assert (last.to, last.reason) == (State.FAILED, Reason.ATTEMPT_FAILED)
+    assert "2 attempts failed, and no more are made" in last.message
+
+
+def test_decide_when_storage_is_full_waits_without_using_up_a_budget() -> None:
+    job = a_job(State.RUNNING, losses=3, failures=3)
+    move = follow(job, ray=ENDED, result=a_result("storage_full", retryable=True))
+    assert isinstance(move, Move)
+    assert (move.to, move.reason) == (State.RECOVERING, Reason.STORAGE_FULL)
+    assert set(move.changes) == {"retry_at"}
+    assert move.message.startswith("waits for room in the storage root")
+
+
+def test_decide_when_stopped_by_hand_tries_again() -> None:
+    assert outcome(follow(a_job(State.RUNNING), ray=ENDED, result=stopped())) == "recovering worker_lost"
+
+
+def test_decide_when_a_job_ends_without_a_set_its_run_is_to_be_closed() -> None:
+    for job in (a_job(State.RUNNING, mlflow_run_id="r"), a_job(State.RUNNING)):
+        failed = follow(job, ray=ENDED, result=a_result("dataset_unavailable"))
+        assert isinstance(failed, Move)
+        assert failed.changes["publication"] == "pending"
+    done = follow(
+        a_job(State.RUNNING), ray=ENDED, result=a_result("internal").model_copy(update={"publication": "done"})
+    )
+    assert isinstance(done, Move)
+    assert done.changes["publication"] == "done"
+    bare = follow(a_job(State.STARTING), ray=REFUSED)
+    assert isinstance(bare, Move)
+    assert bare.changes["publication"] == "none"
+    late = follow(a_job(State.RUNNING), ray=ENDED, result=a_result().model_copy(update={"publication": "pending"}))
+    assert isinstance(late, Move)
+    assert (late.to, late.changes["publication"]) == (State.SUCCEEDED, "pending")
+
+
+def asked(seconds_ago: float, mode: str = "graceful", **changes: Any) -> CancelRequest:
+    at = NOW - timedelta(seconds=seconds_ago)
+    return CancelRequest.model_validate({"mode": mode, "requested_at": at, **changes})
+
+
+def climb(request: CancelRequest, **known: Any) -> Action | None:
+    return follow(a_job(State.CANCELLING, reason=Reason.REQUESTED, cancel=request), **known)
+
+
+def test_decide_when_cancelled_gracefully_asks_the_driver_once_and_then_stops_it() -> None:
+    alive = {"ray": RUNNING} | FRESH
+    ask = climb(asked(1, checkpoint=True), **alive)
+    assert isinstance(ask, RequestStop)
+    assert ask.request.checkpoint
+    assert climb(asked(1), has_stop_request=True, **alive) is None
+    assert climb(asked(29), has_stop_request=True, **alive) is None
+    assert isinstance(climb(asked(31), has_stop_request=True, **alive), Stop)
+    assert isinstance(climb(asked(6, grace_seconds=5), has_stop_request=True, **alive), Stop)
+    # Nothing to save, or no time to: at once.
+    assert isinstance(climb(asked(1), ray=PENDING), Stop)
+    assert isinstance(climb(asked(0, "force"), **alive), Stop)
+
+
+def test_decide_when_ray_forgot_a_driver_that_is_cancelled_tells_it_through_storage() -> None:
+    assert isinstance(climb(asked(1), **FRESH), RequestStop)
+    assert climb(asked(1), has_stop_request=True, **FRESH) is None
+    assert outcome(climb(asked(40), has_stop_request=True, **STALE)) == "cancelled requested"
+
+
+def test_decide_when_cancelled_says_what_its_end_rests_on() -> None:
+    verified = climb(asked(9), ray=STOPPED, remains=())
+    assert isinstance(verified, Move)
+    assert verified.detail["cleanup"] == "verified"
+    assert verified.detail["checked"] == ["Ray says STOPPED", "no worker or actor of it lives by Ray's account"]
+    silent = climb(asked(9), **STALE)
+    assert isinstance(silent, Move)
+    assert silent.detail["checked"] == ["Ray knows no such driver", "silent for 11 s"]
+
+
+def test_decide_when_a_cancelled_job_leaves_processes_waits_for_them_but_not_for_ever() -> None:
+    left: dict[str, Any] = {"ray": STOPPED, "remains": ("worker 7 on node-2",)}
+    waiting = climb(asked(299, "force"), **left)
+    assert isinstance(waiting, Wait)
+    assert "waits for what its driver left running: worker 7 on node-2" in waiting.message
+    given_up = climb(asked(300, "force"), **left)
+    assert isinstance(given_up, Move)
+    assert (given_up.to, given_up.detail["cleanup"]) == (State.CANCELLED, "unverified")
+    assert "worker 7 on node-2" in given_up.message
+    assert isinstance(climb(asked(329), **left), Wait), "the grace is no part of it"
+    assert isinstance(climb(asked(400), capacity=None, **left), Wait), "nobody can see"
+    assert outcome(climb(asked(301, "force"), ray=RUNNING)) == "cancelled requested"
+
+
+def publications(*tried: tuple[int, RayJob | None], mlflow_error: str = "", capacity: Capacity | None = TWO_CPUS, running_s: float = 0.0) -> list[Action]:  # fmt: skip
+    found = tuple(
+        Publication(
+            job=a_job(State.FAILED, id=f"j{index}", publication="pending", publish_tries=tries),
+            ray=ray,
+            running_s=running_s,
+        )
+        for index, (tries, ray) in enumerate(tried)
+    )
+    snapshot = Snapshot(
+        now=NOW, capacity=capacity, attempts=(), queued=(), publications=found, mlflow_error=mlflow_error
+    )
+    return decide(snapshot, POLICY)
+
+
+def test_publications_when_due_are_started_two_at_a_time() -> None:
+    assert [action.job.id for action in publications((0, None), (0, None), (0, None))] == ["j0", "j1"]
+    assert [action.job.id for action in publications((0, RUNNING), (0, None), (0, None))] == ["j1"]
+    assert publications((0, RUNNING), (0, PENDING), (0, None)) == []
+    assert publications((0, None), mlflow_error="away") == []
+    assert publications((0, None), (0, ENDED), capacity=None) == []
+
+
+def test_publications_when_tried_in_vain_wait_ever_longer_and_never_give_up() -> None:
+    away = RayJob("FAILED", "", 1)
+    pauses = []
+    for tries in (0, 1, 2, 5, 6, 500):
+        [again] = publications((tries, away))
+        assert isinstance(again, Published)
+        assert again.publication == "pending"
+        assert again.publish_at is not None
+        pauses.append((again.publish_at - NOW).total_seconds())
+    assert pauses == [5, 10, 20, 160, 300, 300]
+
+
+@pytest.mark.parametrize(
+    ("ray", "expected"), [(ENDED, "done"), (REFUSED, "error"), (KILLED, "pending"), (STOPPED, "pending")]
+)
+def test_publications_when_over_are_noted(ray: RayJob, expected: str) -> None:
+    [over] = publications((0, ray))
+    assert isinstance(over, Published)
+    assert over.publication == expected
+
+
+def test_publications_when_one_takes_too_long_is_stopped() -> None:
+    assert publications((0, RUNNING), running_s=899) == []
+    assert [type(action) for action in publications((0, RUNNING), running_s=901)] == [StopPublisher]
 
 
 def test_decide_when_recovering_waits_for_its_time_and_counts_on() -> None:
@@ -188,15 +370,14 @@ def test_decide_when_nothing_new_was_reported_writes_nothing() -> None:
 
 
 def admitted(queued: list[Job], capacity: Capacity | None, *running: Job, policy: Policy = POLICY) -> list[str]:
-    attempts = tuple(
-        Attempt(job=job, ray=RUNNING, status=None, result=None, silent_s=0, is_readable=False) for job in running
-    )
+    attempts = tuple(Attempt(job=job, ray=RUNNING, status=None, result=None, silent_s=0) for job in running)
     snapshot = Snapshot(now=NOW, capacity=capacity, attempts=attempts, queued=tuple(queued))
-    return [f"{action.job.id} {outcome(action)}" for action in decide(snapshot, policy)]
+    decided = [action for action in decide(snapshot, policy) if action.job in queued]
+    return [f"{action.job.id} {outcome(action)}" for action in decided]
 
 
-def queued(id: str, *, cpus: int = 1, gpus: float | str = "auto") -> Job:
-    return a_job(State.QUEUED, cpus=cpus, gpus=gpus, id=id)
+def queued(id: str, *, cpus: int = 1, gpus: float | str = "auto", **changes: Any) -> Job:
+    return a_job(State.QUEUED, cpus=cpus, gpus=gpus, id=id, **changes)
 
 
 def test_decide_when_the_queue_fits_starts_the_oldest_first() -> None:
@@ -234,6 +415,28 @@ def test_decide_when_gpus_are_automatic_takes_one_where_there_are_any() -> None:
 def test_decide_when_as_many_run_as_may_waits() -> None:
     running = [a_job(State.RUNNING), a_job(State.CANCELLING)]
     assert admitted([queued("a")], Capacity(99, 0), *running) == ["a wait cluster_full"]
+
+
+def test_decide_when_an_owner_has_as_many_running_as_may_lets_others_pass() -> None:
+    policy = Policy(max_running_jobs=9, max_infra_retries=0, max_running_per_owner=1)
+    running = a_job(State.RUNNING, owner="ann")
+    jobs = [queued("a", owner="ann"), queued("b", owner="bob"), queued("c", owner="bob"), queued("d", owner="eve")]
+    assert admitted(jobs, Capacity(9, 0), running, policy=policy) == [
+        "a wait owner_limit",
+        "b starting",
+        "c wait owner_limit",
+        "d starting",
+    ]
+
+
+def test_decide_when_many_wait_says_the_same_of_all_but_the_first() -> None:
+    jobs = [queued(str(number), cpus=2) for number in range(50)]
+    snapshot = Snapshot(
+        now=NOW, capacity=TWO_CPUS, queued=tuple(jobs),
+        attempts=(Attempt(job=a_job(State.RUNNING), ray=RUNNING, status=None, result=None, silent_s=0),),
+    )  # fmt: skip
+    said = [action.message for action in decide(snapshot, POLICY) if isinstance(action, Wait)]
+    assert set(said[1:]) == {"waits for jobs before it in the queue"}
 
 
 def test_decide_when_ray_is_away_the_queue_waits_and_is_told_once() -> None:

@@ -21,8 +21,8 @@ SPEC = resolve(DOCUMENT).document()
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(f"sqlite:///{tmp_path}/deep/er/ncfm.db")
+def store(database_url: str) -> Iterator[Store]:
+    opened = Store(database_url)
     yield opened
     opened.close()
 
@@ -32,9 +32,9 @@ def add(store: Store, **changes: object) -> Job:
     return store.add(job.model_copy(update=changes))
 
 
-def test_add_when_read_back_by_another_store(store: Store, tmp_path: Path) -> None:
+def test_add_when_read_back_by_another_store(store: Store, database_url: str) -> None:
     job = add(store, warnings=("slow",))
-    other = Store(f"sqlite:///{tmp_path}/deep/er/ncfm.db")
+    other = Store(database_url)
     assert other.get(job.id) == job
     assert other.get("nothing") is None
     [event] = other.events(job.id, after=0, limit=10)
@@ -105,11 +105,11 @@ def test_move_when_many_threads_race_exactly_one_wins(store: Store) -> None:
         assert [event.seq for event in store.events(job.id, after=0, limit=10)] == [1, 2]
 
 
-def test_note_when_many_stores_write_at_once_sequence_has_no_gaps(store: Store, tmp_path: Path) -> None:
+def test_note_when_many_stores_write_at_once_sequence_has_no_gaps(store: Store, database_url: str) -> None:
     job = add(store)
 
     def write(number: int) -> None:
-        other = Store(f"sqlite:///{tmp_path}/deep/er/ncfm.db")
+        other = Store(database_url)
         written = 0
         while written < 10:
             current = other.get(job.id)
@@ -169,12 +169,13 @@ def test_sighting_when_the_cluster_goes_away_keeps_its_totals(store: Store) -> N
     assert sighting.checked_at.tzinfo is UTC
 
 
-def test_check_writable_when_another_holds_the_lock_or_not(store: Store, tmp_path: Path) -> None:
+def test_check_writable_when_it_is_leaves_nothing_behind(store: Store) -> None:
     store.check_writable()
     assert store.sighting() is None
 
 
-def test_store_when_killed_before_a_commit_keeps_nothing_of_it(store: Store, tmp_path: Path) -> None:
+def test_store_when_killed_before_a_commit_keeps_nothing_of_it(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path}/deep/er/ncfm.db")
     job = add(store)
     raw = sqlite3.connect(tmp_path / "deep/er/ncfm.db", isolation_level=None)
     assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -182,6 +183,7 @@ def test_store_when_killed_before_a_commit_keeps_nothing_of_it(store: Store, tmp
     raw.execute("UPDATE jobs SET state = 'failed'")
     raw.close()
     assert store.get(job.id) == job
+    store.close()
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from ncfm_core.errors import StorageFullError
 from ncfm_core.progress import Progress
+from worker.driver import board as board_module
 from worker.driver.board import Board, StatusWriter
 from worker.records import AttemptStatus, attempt_path
 from worker.storage import Storage
@@ -97,3 +102,74 @@ def test_heartbeat_goes_on_while_nothing_moves(board: Board) -> None:
     assert first is not None
     assert later is not None
     assert (later.heartbeat_at - first.heartbeat_at).total_seconds() >= 1.5
+
+
+def test_notes_stand_before_the_message_until_they_are_taken_away(board: Board) -> None:
+    board.message = "distill runs"
+    board.note("storage", "storage is full: the checkpoint at step 20 is left out")
+    board.note("wait/teacher 3", "waits for teacher 3, which job X builds")
+    board.note("storage", "storage is full: the checkpoint at step 40 is left out")
+    assert board.status().message == (
+        "waits for teacher 3, which job X builds; storage is full: the checkpoint at step 40 is left out; distill runs"
+    )
+    board.note("storage", "")
+    board.note("wait/teacher 3", "")
+    assert board.status().message == "distill runs"
+
+
+def test_part_that_is_made_again_opens_its_stage(board: Board) -> None:
+    board.finished("teachers", "teacher 0", cached=True)
+    board.finished("teachers", "teacher 1", cached=True)
+    board.reopened("teachers")
+    assert board.status().stages["teachers"] == "pending"
+    board.started("teachers", "teacher 0")
+    board.finished("teachers", "teacher 0", cached=False)
+    assert board.status().stages["teachers"] == "done"
+
+
+def test_full_storage_has_room_to_say_so(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board_module, "EVERY_S", 0.02)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        storage = Storage(str(tmp_path))
+        with StatusWriter(board, storage, lambda: None):
+            with suppress(OSError), (tmp_path / "filler").open("wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(512))
+            with pytest.raises(StorageFullError):
+                storage.put("large", bytes(8192))
+            for number in range(5):
+                board.message = str(number)
+                time.sleep(0.1)
+                status = storage.get_record(attempt_path("J", 1, "status.json"), AttemptStatus)
+                assert status is not None and status.message == str(number)
+        assert storage.list("jobs") == [attempt_path("J", 1, "status.json")]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_status_that_cannot_be_written_is_told_once_and_ends_nothing(
+    board: Board, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(board_module, "EVERY_S", 0.02)
+    storage, refused = Storage("memory://"), list[str]()
+
+    def refuse(path: str, record: object) -> None:
+        refused.append(path)
+        raise StorageFullError.of("storage", path, "full", "")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "put_record", refuse)
+        with StatusWriter(board, storage, lambda: None):
+            for number in range(5):
+                board.message = str(number)
+                time.sleep(0.05)
+            patched.undo()
+    assert len(refused) > 2
+    assert len(caplog.records) == 1
+    last = storage.get_record(attempt_path("J", 1, "status.json"), AttemptStatus)
+    assert last is not None and last.message == "4"

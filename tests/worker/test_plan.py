@@ -42,6 +42,7 @@ FROM_DISTILL = {"distill", "evaluation 0", "publish"}
     [
         ({"resources": {"cpus": 1, "gpus": 1.0}}, set()),
         ({"checkpoint": {"every_steps": 1, "every_seconds": 1.0}}, set()),
+        ({"limits": {"wall_seconds": 100.0}}, set()),
         ({"experiment": "another"}, set()),
         ({"method": {"reuse": 3}}, FROM_DISTILL),
         ({"method": {"precision": "bfloat16"}}, FROM_DISTILL),
@@ -59,6 +60,13 @@ FROM_DISTILL = {"distill", "evaluation 0", "publish"}
 )
 def test_key_changes_with_what_changes_the_numbers(parts: dict[str, Any], expected: set[str]) -> None:
     assert differing(**parts) == expected
+
+
+def test_set_that_was_cut_has_keys_of_its_own() -> None:
+    whole = keys(plan(changed(), DATA))
+    at_7, at_8 = (keys(plan(changed(), DATA, cut_at=step)) for step in (7, 8))
+    assert {name for name in whole if whole[name] != at_7[name]} == FROM_DISTILL
+    assert {name for name in whole if at_7[name] != at_8[name]} == FROM_DISTILL
 
 
 def test_keys_change_with_the_data() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from ncfm_core.errors import StorageError
-from worker.records import FileRecord, StageResult, now, object_folder, result_path
+from ncfm_core.errors import DamagedError, StorageError, StorageFullError
+from worker.records import FileRecord, StageResult, damaged_path, now, object_folder, result_path
 from worker.storage import Storage
 
 KEY = "sha256:" + "a" * 64
@@ -97,16 +98,63 @@ def test_damaged_result_is_not_found_and_can_be_built_again(storage: Storage, da
         storage.delete([path])
     else:
         storage.put(path, b"numbexs" if damage == "flipped" else b"num")
+    with pytest.raises(DamagedError, match=r"damaged|missing") as told:
+        storage.find_result(KEY, read=True)
+    assert told.value.path == path
+    storage.set_aside(KEY)
     assert storage.find_result(KEY) is None
-    assert storage.get(result_path(KEY)) is None
+    assert storage.list("damaged") == [damaged_path(KEY, 1)]
     assert storage.commit(result(storage, "job-2")).built_by == "job-2"
+    assert storage.find_result(KEY, read=True) is not None
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_sizes_are_verified_when_a_result_is_found(storage: Storage, damage: str) -> None:
+    path = storage.commit(result(storage, "job-1")).files[1].path
+    storage.delete([path])
+    if damage == "cut":
+        storage.put(path, b"num")
+    with pytest.raises(DamagedError):
+        storage.find_result(KEY)
+
+
+def test_result_that_is_whole_is_not_set_aside(storage: Storage) -> None:
+    """Whoever saw the damage last finds the result built anew."""
+    storage.commit(result(storage, "job-1"))
+    storage.set_aside(KEY)
     assert storage.find_result(KEY) is not None
+    assert storage.list("damaged") == []
 
 
-def test_manifest_that_is_no_manifest_is_not_found(storage: Storage) -> None:
-    storage.put(result_path(KEY), b"{ half a")
-    assert storage.find_result(KEY) is None
-    assert storage.find_result(KEY) is None
+def test_manifest_that_is_no_manifest_is_set_aside_each_time(storage: Storage) -> None:
+    for number in (1, 2):
+        storage.put(result_path(KEY), b"{ half a")
+        with pytest.raises(DamagedError, match="not readable"):
+            storage.find_result(KEY)
+        storage.set_aside(KEY)
+        assert storage.find_result(KEY) is None
+        assert storage.get(damaged_path(KEY, number)) == b"{ half a"
+
+
+def test_full_storage_is_an_error_of_its_own(tmp_path: Path) -> None:
+    """A real file system without room, where this process may mount one."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        storage = Storage(str(tmp_path))
+        storage.put("kept", b"before")
+        for write in (storage.put, storage.create):
+            with pytest.raises(StorageFullError, match="full"):
+                write("large", bytes(100_000))
+        with pytest.raises(StorageFullError):
+            storage.put("kept", bytes(100_000))
+        assert storage.sizes() == {"kept": 6}
+        assert storage.get("kept") == b"before"
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_reading_a_damaged_file_says_which(storage: Storage) -> None:

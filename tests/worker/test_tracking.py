@@ -7,8 +7,8 @@ import pytest
 from ncfm_core.errors import TrackingError
 from ncfm_core.spec import DatasetSpec
 from ncfm_core.submission import resolve
-from worker.driver.live import RunIdentity
-from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _Data, _pictured_step, as_text, flatten
+from worker.driver.live import RunIdentity, flatten
+from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _Data, _pictured_step, as_text
 
 
 def test_spec_is_flattened_to_dotted_names() -> None:

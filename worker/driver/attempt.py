@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from datetime import datetime
+from pathlib import PurePosixPath
 
-from pydantic import JsonValue
-
+from ncfm_core.errors import DamagedError, LimitError
 from ncfm_core.progress import Progress
 from ncfm_core.spec import JobSpec
 from ncfm_core.submission import check_counts
 from worker import tasks
-from worker.driver.live import Tracker, TrialRecord
-from worker.driver.orders import distill_orders, evidence, teacher_orders
-from worker.driver.pool import Pool, Results
+from worker.driver.live import Tracker
+from worker.driver.orders import distill_orders, judging_orders, teacher_orders
+from worker.driver.pool import Order, Pool
 from worker.driver.reporter import Reporter
-from worker.driver.story import result_file, tell
+from worker.driver.story import search_method, tell, trial_records
 from worker.environment import code_version
-from worker.evidence import Evidence
-from worker.plan import Plan, held_out, plan
-from worker.records import FileRecord, StageResult, set_folder
+from worker.evidence import Evidence, Results, evidence, shortened_in, shortened_in_words
+from worker.history import Trouble
+from worker.plan import Build, Plan, held_out, plan
+from worker.records import (
+    FileRecord,
+    StageResult,
+    StopRequest,
+    checkpoint_folder,
+    checkpoint_root,
+    result_path,
+    set_folder,
+)
 from worker.settings import Surroundings
 from worker.site import DataFacts, Site
+from worker.stopping import StopWatch
 from worker.storage import Storage
-from worker.trials import BEST_FILE, TRIALS_FILE, best_spec, read_trials
+from worker.trials import BEST_FILE, best_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +45,14 @@ class Assignment:
     spec: JobSpec
     job_id: str
     attempt: int
+    started_at: datetime
+    """When the job was first started: its wall time counts from there."""
+
+    @property
+    def deadline(self) -> float | None:
+        """When the wall time is over, in seconds since 1970."""
+        limit = self.spec.limits.wall_seconds
+        return None if limit is None else self.started_at.timestamp() + limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +64,8 @@ class Outcome:
     evidence: Evidence
     files: tuple[FileRecord, ...]
     """Of the published set and of the search."""
+    is_published: bool
+    """Whether MLflow has all of it, where there is one."""
 
 
 class Attempt:
@@ -56,35 +77,74 @@ class Attempt:
         surroundings: Surroundings,
         storage: Storage,
         reporter: Reporter,
+        *,
         tracker: Tracker | None,
+        watch: StopWatch,
     ) -> None:
         self._job, self._surroundings, self._storage = assignment, surroundings, storage
-        self._reporter, self._tracker = reporter, tracker
+        self._reporter, self._tracker, self._watch = reporter, tracker, watch
+        self._plan: Plan | None = None
 
     def run(self) -> Outcome:
         """All stages; what is stored already is taken from there.
 
         Raises:
-            NcfmError: one of them failed.
+            NcfmError: one of them failed, or the attempt was asked to stop.
         """
+        self._watch.check()
         spec = self._job.spec
         cluster = tasks.nodes()
         demand = tasks.demand(spec.resources, cluster)
         self._reporter.say(f"each task takes CPU {demand.cpus}, GPU {demand.gpus:g} and computes on {demand.device}")
         facts, dataset = self._inspect(demand)
-        slots = max(1, sum(node.slots(demand) for node in cluster))
-        pool = Pool(self._site(demand), self._storage, dataset, demand=demand, slots=slots, observer=self._reporter)
-        needed = plan(spec, facts.digest, held_out_digest=facts.held_out_digest)
+        site, slots = self._site(demand), max(1, sum(node.slots(demand) for node in cluster))
+        pool = Pool(site, self._storage, dataset, demand=demand, slots=slots, observer=self._reporter, guard=self)
+        needed = self._plan = plan(spec, facts.digest, held_out_digest=facts.held_out_digest)
         self._reporter.board.expect(["inspect", *(build.stage for build in needed.builds()), "publish"])
-        searched = self._search(pool, needed, dataset, demand)
-        if searched is not None:
-            best = cast(Mapping[str, JsonValue], searched.figures["best"])
-            self._reporter.say(f"the search chose {dict(best)}")
-            spec = best_spec(spec, best)
-            needed = replace(plan(spec, facts.digest), search=needed.search, search_teachers=needed.search_teachers)
-        # All at once: what the set does not wait for fills the slots that teachers and distillation leave free.
-        results = pool.run([*teacher_orders(needed, self._job.spec), *distill_orders(needed, spec)])
-        return self._publish(needed, results, spec, searched)
+        try:
+            searched = self._search(pool, needed, dataset, demand)
+            if searched is not None:
+                spec = best_spec(spec, search_method(searched))
+                self._reporter.say(f"the search chose {dict(search_method(searched))}")
+            return self._distill_and_publish(pool, spec, facts, searched)
+        except LimitError:
+            raise self._too_late() from None
+
+    def check(self) -> None:
+        """
+        Raises:
+            StoppedError: the attempt was asked to stop.
+            LimitError: the wall time is over, and the distillation has not begun.
+        """
+        self._watch.check()
+        if self._is_late() and not self._has_something():
+            raise self._too_late()
+
+    def asked(self) -> StopRequest | None:
+        """The request to stop, if there is one."""
+        return self._watch.now()
+
+    def _is_late(self) -> bool:
+        deadline = self._job.deadline
+        return deadline is not None and time.time() >= deadline
+
+    def _has_something(self) -> bool:
+        """Whether the distillation has begun, in this attempt or an earlier one: only it and teachers leave checkpoints."""
+        if self._reporter.board.has_begun("distill"):
+            return True
+        assert self._plan is not None
+        teachers = (*self._plan.search_teachers, *self._plan.teachers)
+        folders = [checkpoint_folder(self._job.job_id, str(build.key)) for build in teachers]
+        paths = self._storage.list(checkpoint_root(self._job.job_id))
+        return any(str(PurePosixPath(path).parents[1]) not in folders for path in paths if path.endswith(".json"))
+
+    def _too_late(self) -> LimitError:
+        limit, seconds = self._job.spec.limits.wall_seconds, self._reporter.board.seconds()
+        elapsed = time.time() - self._job.started_at.timestamp()
+        parts = seconds | {"earlier attempts, waiting and starting": max(0.0, elapsed - sum(seconds.values()))}
+        took = ", ".join(f"{stage} {value:.0f} s" for stage, value in parts.items() if value >= 1)
+        message = f"over before the first step of the distillation; it took: {took}"
+        return LimitError.of("limits.wall_seconds", limit, message, "Allow more, or ask for fewer teachers or trials.")
 
     def _site(self, demand: tasks.Demand) -> Site:
         return Site(
@@ -96,6 +156,8 @@ class Attempt:
             memory_limit=self._job.spec.resources.memory_limit,
             checkpoint=self._job.spec.checkpoint,
             code_version=code_version(),
+            wall_seconds=self._job.spec.limits.wall_seconds,
+            deadline=self._job.deadline,
         )
 
     def _inspect(self, demand: tasks.Demand) -> tuple[DataFacts, object]:
@@ -105,8 +167,11 @@ class Attempt:
         facts_reference, dataset = tasks.inspect(
             spec.dataset, self._surroundings.data_access, held_out=held_out(spec), demand=demand
         )
+        while not tasks.ready([facts_reference], timeout_s=0.5):
+            self._watch.check()
         facts: DataFacts = tasks.fetch(facts_reference)
         reporter.board.finished("inspect", "data", cached=False)
+        reporter.board.data = facts.model_dump(mode="json")
         reporter.say(
             f"{spec.dataset.name}: {len(facts.class_counts)} classes, {facts.num_train} training and {facts.num_test} test "
             f"images, split {facts.split}, {facts.ignored_files} other files ignored, {facts.digest}"
@@ -124,9 +189,11 @@ class Attempt:
 
         # Those of the distillation as well, so that the stages come in their order.
         teachers = pool.run(teacher_orders(needed, self._job.spec))
+        if self._storage.size(result_path(str(build.key))) is None:
+            teachers = self._verified(pool, needed.search_teachers, teachers)
 
-        def report(progress: Progress) -> None:
-            self._reporter.happened(build, progress)
+        def report(event: Progress | Trouble) -> None:
+            self._reporter.happened(build, event)
 
         result = pool.build_here(
             build,
@@ -139,37 +206,70 @@ class Attempt:
                 teachers=[teachers[str(each.key)] for each in needed.search_teachers],
                 demand=demand,
                 report=report,
+                check=self.check,
             ),
         )
         if self._tracker is not None:
-            self._tracker.offer_trials(self._trials(result))
+            try:
+                self._tracker.offer_trials(trial_records(self._storage, result))
+            except DamagedError as error:
+                pool.build_again(error)
         return result
 
-    def _trials(self, searched: StageResult) -> list[TrialRecord]:
-        trials = read_trials(result_file(self._storage, searched, TRIALS_FILE))
-        furthest = max(trial.rungs() for trial in trials)
-        return [
-            TrialRecord(index=each.index, params=each.params, rows=each.rows, finished=each.rungs() == furthest)
-            for each in trials
-        ]
+    def _verified(self, pool: Pool, builds: Sequence[Build], results: Results) -> Results:
+        """Results whose files were read: a trial that meets a damaged one would only count as a bad trial."""
+        while True:
+            try:
+                for build in builds:
+                    self._storage.find_result(str(build.key), read=True)
+                return results
+            except DamagedError as error:
+                results = pool.build_again(error)
+
+    def _distill_and_publish(
+        self, pool: Pool, spec: JobSpec, facts: DataFacts, searched: StageResult | None
+    ) -> Outcome:
+        """Everything that is left, all at once: what the set does not wait for fills the slots that it leaves free."""
+        first = needed = plan(spec, facts.digest)
+        assert self._plan is not None
+
+        def then(build: Build, result: StageResult) -> Sequence[Order]:
+            """The set is judged and published under the key that it came out with."""
+            nonlocal needed
+            if build != first.distill:
+                return ()
+            if shortened := shortened_in(result):
+                needed = plan(spec, facts.digest, cut_at=shortened.step)
+                self._reporter.warn(shortened_in_words(shortened))
+            return judging_orders(needed, spec)
+
+        results = pool.run([*teacher_orders(self._plan, self._job.spec), *distill_orders(needed, spec)], then=then)
+        while True:
+            try:
+                whole = replace(needed, search=self._plan.search, search_teachers=self._plan.search_teachers)
+                return self._publish(whole, results, spec, searched)
+            except DamagedError as error:
+                results = pool.build_again(error)
 
     def _publish(self, needed: Plan, results: Results, spec: JobSpec, searched: StageResult | None) -> Outcome:
-        """Complete the MLflow run from what is stored, and put a plain copy of the set where people look for it."""
+        """Put a plain copy of the set where people look for it, and complete the MLflow run from what is stored."""
         published = results[str(needed.publish.key)]
         found = tuple(file for file in searched.files if file.name == BEST_FILE) if searched else ()
-        outcome = Outcome(spec=spec, evidence=evidence(needed, results), files=published.files + found)
+        files = published.files + found
         self._reporter.begin("publish", "records")
-        for file in outcome.files:
+        for file in files:
             if not file.name.endswith(".zip"):
-                name = file.name.removeprefix("distilled/")
-                self._storage.put(f"{set_folder(self._job.job_id)}/{name}", self._storage.read_file(file))
+                self._copy(file)
+        is_published = False
         if self._tracker is not None:
             self._reporter.say("publishes to MLflow")
-            story = tell(
-                self._storage, needed.builds(), results, evidence=outcome.evidence, published=published, spec=spec
-            )
-            files = {file.name: self._storage.read_file(file) for file in outcome.files}
-            trials = self._trials(searched) if searched else ()
-            self._tracker.complete(replace(story, files=files, trials=trials))
+            is_published = self._tracker.complete(tell(self._storage, needed, results, searched=searched, spec=spec))
         self._reporter.board.finished("publish", "records", cached=False)
-        return outcome
+        return Outcome(spec=spec, evidence=evidence(needed, results), files=files, is_published=is_published)
+
+    def _copy(self, file: FileRecord) -> None:
+        data, path = (
+            self._storage.read_file(file),
+            f"{set_folder(self._job.job_id)}/{file.name.removeprefix('distilled/')}",
+        )
+        self._reporter.patiently(lambda: self._storage.put(path, data), "the copy of the set")

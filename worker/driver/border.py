@@ -5,19 +5,34 @@ from __future__ import annotations
 import logging
 import time
 
-from ncfm_core.errors import DatasetError, NcfmError, Problem, ResourcesError, SpecError, shorten
+from ncfm_core.errors import (
+    DatasetError,
+    LimitError,
+    NcfmError,
+    Problem,
+    ResourcesError,
+    SpecError,
+    StoppedError,
+    StorageError,
+    shorten,
+)
 from worker.driver.attempt import Assignment, Attempt, Outcome
 from worker.driver.board import Board, StatusWriter
-from worker.driver.live import Tracker
+from worker.driver.live import CLOSE_WAIT_S, RUN_STATUS, Tracker
 from worker.driver.log import DriverLog
 from worker.driver.reporter import Reporter
+from worker.leftovers import checkpoints_of
 from worker.records import AttemptResult, ErrorRecord, attempt_path, now, spec_path
 from worker.settings import Surroundings
+from worker.stopping import StopWatch
 from worker.storage import Storage
+
+STOP_WAIT_S = 5.0
+"""How long an attempt that was asked to stop waits for MLflow."""
 
 log = logging.getLogger(__name__)
 
-USER_ERRORS = (SpecError, DatasetError, ResourcesError)
+USER_ERRORS = (SpecError, DatasetError, ResourcesError, LimitError)
 """What another attempt would only meet again."""
 
 
@@ -30,18 +45,40 @@ def drive(
     """
     started = time.monotonic()
     document = assignment.spec.model_dump_json(indent=1).encode() + b"\n"
-    storage.create(spec_path(assignment.job_id), document)
+    reporter = Reporter(board, tracker)
     with DriverLog(storage, assignment.job_id, assignment.attempt) as kept, StatusWriter(board, storage, kept.flush):
-        result = _attempted(assignment, surroundings, storage, tracker, board)
+        if tracker is None:
+            reporter.warn("no MLflow server is named (NCFM_MLFLOW_URL or --mlflow): nothing is tracked")
+        reporter.patiently(lambda: storage.create(spec_path(assignment.job_id), document), "the spec")
+        with StopWatch(storage, assignment.job_id, assignment.attempt) as watch:
+            attempt = Attempt(assignment, surroundings, storage, reporter, tracker=tracker, watch=watch)
+            result, is_told = _attempted(attempt, board)
         if tracker is not None:
-            tracker.close("FINISHED" if result.outcome == "succeeded" else "FAILED")
+            result = _closed(result, tracker, is_told)
         total = round(time.monotonic() - started, 2)
         result = result.model_copy(update={"seconds": result.seconds | {"total": total}, "finished_at": now()})
         log.info("%s after %.1f s", result.outcome, total)
     # Last of all: whoever sees the result finds the final status and the whole log.
     path = attempt_path(assignment.job_id, assignment.attempt, "result.json")
-    storage.create_record(path, result)
+    reporter.patiently(lambda: storage.create_record(path, result), "the result")
+    if result.outcome == "succeeded":
+        _drop_checkpoints(storage, assignment.job_id)
     return result
+
+
+def _closed(result: AttemptResult, tracker: Tracker, is_told: bool) -> AttemptResult:
+    """The result with whether MLflow has it, its run having been ended."""
+    wait_s = STOP_WAIT_S if result.outcome == "stopped" else CLOSE_WAIT_S
+    is_closed = tracker.close(RUN_STATUS[result.outcome], wait_s=wait_s)
+    return result.model_copy(update={"publication": "done" if is_told and is_closed else "pending"})
+
+
+def _drop_checkpoints(storage: Storage, job_id: str) -> None:
+    """What every attempt left to go on from: nothing will."""
+    try:
+        storage.delete([each.path for each in checkpoints_of(storage, job_id)])
+    except StorageError as error:
+        log.warning("checkpoints are left behind: %s", error)
 
 
 def refuse(assignment: Assignment, storage: Storage, error: NcfmError) -> AttemptResult:
@@ -51,21 +88,20 @@ def refuse(assignment: Assignment, storage: Storage, error: NcfmError) -> Attemp
     return result
 
 
-def _attempted(
-    assignment: Assignment, surroundings: Surroundings, storage: Storage, tracker: Tracker | None, board: Board
-) -> AttemptResult:
+def _attempted(attempt: Attempt, board: Board) -> tuple[AttemptResult, bool]:
+    """What became of it, and whether MLflow has all that it should have, but for the run's end."""
     try:
-        reporter = Reporter(board, tracker)
-        if tracker is None:
-            reporter.warn("no MLflow server is named (NCFM_MLFLOW_URL or --mlflow): nothing is tracked")
-        return _succeeded(board, Attempt(assignment, surroundings, storage, reporter, tracker).run())
+        outcome = attempt.run()
+        return _succeeded(board, outcome), outcome.is_published
+    except StoppedError:
+        return _result(board).model_copy(update={"outcome": "stopped"}), True
     except NcfmError as error:
         log.error("failed: %s", error)
-        return _failed(board, error)
+        return _failed(board, error), True
     except Exception as error:  # the border of the job: whatever went wrong becomes its result
         log.exception("failed on an error of our own")
         problem = Problem("", "", f"{type(error).__name__}: {shorten(str(error))}", "The log of the driver has it all.")
-        return _failed(board, NcfmError(problem), code="internal")
+        return _failed(board, NcfmError(problem), code="internal"), True
 
 
 def _succeeded(board: Board, outcome: Outcome) -> AttemptResult:
@@ -75,6 +111,7 @@ def _succeeded(board: Board, outcome: Outcome) -> AttemptResult:
             "figures": outcome.evidence.figures(outcome.spec),
             "evaluations": outcome.evidence.entries(outcome.spec),
             "artifacts": outcome.files,
+            "shortened": outcome.evidence.shortened,
         }
     )
 
@@ -104,4 +141,6 @@ def _result(board: Board) -> AttemptResult:
         mlflow_url=board.mlflow_url,
         warnings=tuple(board.warnings),
         finished_at=now(),
+        keys=tuple(board.keys),
+        data=board.data,
     )

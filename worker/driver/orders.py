@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ncfm_core.spec import CORESETS, JobSpec
-from worker.driver.pool import Order, Results
-from worker.evidence import Evidence
+from ncfm_core.spec import JobSpec
+from worker.driver.pool import Order
+from worker.evidence import Results, evidence
 from worker.plan import Build, Plan, held_out
 
 
@@ -17,37 +17,27 @@ def teacher_orders(plan: Plan, spec: JobSpec) -> list[Order]:
 
 
 def distill_orders(plan: Plan, spec: JobSpec) -> list[Order]:
-    """Everything else of a plan without a search, most wanted first: what the set waits for goes before the baselines."""
+    """What needs no synthetic set, and the set itself before the rest, of a plan without a search."""
     teachers = _keys(plan.teachers)
-    distill = Order(build=plan.distill, needs=teachers, arguments=_distill_arguments(spec, teachers))
-    parts = (plan.distill, *plan.evaluations, *plan.random_real, *plan.coresets, plan.full_data)
     return [
-        distill,
-        *(_evaluation(build, spec, distill.key) for build in plan.evaluations),
+        Order(build=plan.distill, needs=teachers, arguments=_distill_arguments(spec, teachers)),
         *(_random_real(build, spec, teachers) for build in plan.random_real),
         *(_coreset(build, spec, teachers) for build in plan.coresets),
         Order(build=plan.full_data, arguments=lambda _: _full_data_arguments(spec)),
+    ]
+
+
+def judging_orders(plan: Plan, spec: JobSpec) -> list[Order]:
+    """What the set is judged by and published with, once its key is known."""
+    parts = (plan.distill, *plan.evaluations, *plan.random_real, *plan.coresets, plan.full_data)
+    return [
+        *(_evaluation(build, spec, str(plan.distill.key)) for build in plan.evaluations),
         Order(
             build=plan.publish,
             needs=_keys(parts),
             arguments=lambda results: {"evidence": evidence(plan, results), "spec": spec},
         ),
     ]
-
-
-def evidence(plan: Plan, results: Results) -> Evidence:
-    """The results that the figures are read from."""
-    return Evidence(
-        distilled=results[str(plan.distill.key)],
-        evaluations=[results[str(build.key)] for build in plan.evaluations],
-        random_real=[results[str(build.key)] for build in plan.random_real],
-        coresets={
-            name: [results[str(build.key)] for build in plan.coresets if build.kind == name]
-            for name in CORESETS
-            if any(build.kind == name for build in plan.coresets)
-        },
-        full_data=results[str(plan.full_data.key)],
-    )
 
 
 def _keys(builds: tuple[Build, ...]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from pydantic import JsonValue
 from ulid import ULID
@@ -14,9 +15,8 @@ from ncfm_core.spec import CORESETS, JobSpec
 from worker.driver.attempt import Assignment
 from worker.driver.board import Board
 from worker.driver.border import drive, refuse
-from worker.driver.live import Run, RunIdentity, Tracker
+from worker.driver.live import Run, Tracker, identity_of
 from worker.driver.probe import probe_mlflow, probe_ray
-from worker.environment import code_version
 from worker.records import Accuracy, AttemptResult, set_folder
 from worker.settings import Surroundings, prepare_tracking, ray_address
 from worker.storage import Storage
@@ -25,7 +25,7 @@ from worker.tasks import connected
 log = logging.getLogger(__name__)
 
 STAGE_SECONDS = ("teachers", "distill", "evaluate")
-KILLED_WAIT_S = 1.0
+KILLED_WAIT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,8 @@ class Request:
     job_id: str | None
     """Given by a controller, which then waits for a result document whatever happens; None for a person's run."""
     attempt: int
+    started_at: datetime
+    """When the job was first started."""
 
 
 def run(
@@ -52,7 +54,12 @@ def run(
         NcfmError: it could not begin, and nothing was written but, for a controller, the result that says so.
     """
     storage = Storage(surroundings.storage_url)
-    assignment = Assignment(spec=asked.spec, job_id=asked.job_id or str(ULID()).lower(), attempt=asked.attempt)
+    assignment = Assignment(
+        spec=asked.spec,
+        job_id=asked.job_id or str(ULID()).lower(),
+        attempt=asked.attempt,
+        started_at=asked.started_at,
+    )
     address = ray_address()
     try:
         if address is not None:
@@ -84,23 +91,11 @@ def _track_and_drive(assignment: Assignment, surroundings: Surroundings, storage
 
 def _tracker(assignment: Assignment, surroundings: Surroundings, board: Board) -> Tracker:
     prepare_tracking()
-    spec, url = assignment.spec, surroundings.mlflow_url
-    tags = {
-        "ncfm.spec_digest": spec.digest(),
-        "ncfm.code_version": code_version(),
-        "ncfm.attempt": str(assignment.attempt),
-    }
+    url, identity = surroundings.mlflow_url, identity_of(assignment.spec, assignment.job_id, assignment.attempt)
 
     def connect() -> Run:
-        from worker.tracking import MlflowRun, flatten  # on the tracker's thread: MLflow takes three seconds to import
+        from worker.tracking import MlflowRun  # on the tracker's thread: MLflow takes three seconds to import
 
-        identity = RunIdentity(
-            job_id=assignment.job_id,
-            experiment=spec.experiment,
-            name=f"{spec.dataset.name}-ipc{spec.ipc}-{assignment.job_id[-6:].lower()}",
-            params=flatten(spec.document()),
-            tags=tags,
-        )
         return MlflowRun(url, surroundings.mlflow_public_url or url, identity)
 
     return Tracker(connect, on_open=board.tracked)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import cast
 
+from pydantic import JsonValue
+
+from ncfm_core.errors import DamagedError
 from ncfm_core.spec import JobSpec
-from worker.driver.live import Rows, Story
-from worker.driver.pool import Results
-from worker.evidence import Evidence
+from worker.driver.live import Rows, Story, TrialRecord
+from worker.evidence import Evidence, Results, evidence
 from worker.history import HISTORY_FILE, Picture, picture_step, read_history
-from worker.plan import Build
+from worker.plan import Build, Plan
 from worker.records import StageResult
 from worker.storage import Storage
+from worker.trials import BEST_FILE, TRIALS_FILE, read_trials
 
 RATES = ("steps_per_second", "images_per_second", "peak_memory_bytes")
 
@@ -36,29 +41,63 @@ def result_file(storage: Storage, result: StageResult, name: str) -> bytes:
     return storage.read_file(next(file for file in result.files if file.name == name))
 
 
-def tell(
-    storage: Storage,
-    builds: Iterable[Build],
-    results: Results,
-    *,
-    evidence: Evidence,
-    published: StageResult,
-    spec: JobSpec,
-) -> Story:
-    """The whole story: curves and costs of every build, grids of the set, the headline figures and the published files."""
+def search_method(searched: StageResult) -> Mapping[str, JsonValue]:
+    """The fields of the method that a search found, by name."""
+    return cast(Mapping[str, JsonValue], searched.figures["best"])
+
+
+def trial_records(storage: Storage, searched: StageResult) -> list[TrialRecord]:
+    """The trials of a search."""
+    trials = read_trials(result_file(storage, searched, TRIALS_FILE))
+    furthest = max(trial.rungs() for trial in trials)
+    return [
+        TrialRecord(index=each.index, params=each.params, rows=each.rows, finished=each.rungs() == furthest)
+        for each in trials
+    ]
+
+
+def tell(storage: Storage, plan: Plan, results: Results, *, searched: StageResult | None, spec: JobSpec) -> Story:
+    """The whole story: curves and costs of every build, grids of the set, the headline figures and the published files.
+
+    Args:
+        storage: where the files are.
+        plan: of the job, with the key that its set came out with.
+        results: all that it names.
+        searched: the search's, where there was one.
+        spec: as it was run: with the method that the search found.
+
+    Raises:
+        DamagedError: a file is missing or damaged.
+    """
+    found, published = evidence(plan, results), results[str(plan.publish.key)]
     rows: Rows = []
-    for build in builds:
-        result = results[str(build.key)]
-        rows += _rows(storage, metric_prefix(build), result)
-    rows += _headline(evidence, published, spec)
-    rows += _scores(evidence, published, spec)
+    for build in plan.builds():
+        rows += _rows(storage, metric_prefix(build), results[str(build.key)])
+    rows += _headline(found, published, spec)
+    rows += _scores(found, published, spec)
+    files = {file.name: storage.read_file(file) for file in published.files}
+    if searched is not None:
+        files[BEST_FILE] = result_file(storage, searched, BEST_FILE)
+    tags = {"ncfm.distill_key": found.distilled.key, "ncfm.device": str(found.distilled.environment["device"])}
+    if found.shortened is not None:
+        tags["ncfm.shortened"] = f"step {found.shortened.step} of {found.shortened.steps}"
     return Story(
         rows=rows,
-        pictures=list(_pictures(storage, evidence.distilled)),
-        trials=(),
-        files={file.name: storage.read_file(file) for file in published.files},
-        tags={"ncfm.distill_key": evidence.distilled.key, "ncfm.device": str(evidence.distilled.environment["device"])},
+        pictures=list(_pictures(storage, found.distilled)),
+        trials=trial_records(storage, searched) if searched else (),
+        files=files,
+        tags=tags,
     )
+
+
+def tell_some(storage: Storage, builds: Iterable[Build], results: Results) -> Rows:
+    """Curves and costs of what there is of a job that did not come to its end; what is damaged is left out."""
+    rows: Rows = []
+    for build in builds:
+        if (result := results.get(str(build.key))) is not None:
+            with suppress(DamagedError):
+                rows += _rows(storage, metric_prefix(build), result)
+    return rows
 
 
 def _rows(storage: Storage, prefix: str, result: StageResult) -> Rows:

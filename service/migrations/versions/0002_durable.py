@@ -16,6 +16,10 @@ INDEXES = (
     ("jobs_by_rank", "jobs", ["state", "rank", "id"]),
     ("jobs_by_owner", "jobs", ["owner", "id"]),
     ("jobs_by_publication", "jobs", ["publication", "publish_at"]),
+    ("jobs_by_dataset", "jobs", ["dataset", "id"]),
+    ("jobs_by_method", "jobs", ["method", "id"]),
+    ("jobs_by_end", "jobs", ["finished_at", "id"]),
+    ("jobs_by_count", "jobs", ["state", "owner", "deleted_at"]),
     ("idempotency_by_time", "idempotency", ["created_at"]),
     ("audit_by_time", "audit", ["at"]),
 )
@@ -58,14 +62,7 @@ def upgrade() -> None:
     _create_tables_of_users()
     for name, table, columns in INDEXES:
         op.create_index(name, table, columns)
-    # Ranks and names of the jobs that are there: as if their priority had always been the usual one.
-    seconds = (
-        "CAST(strftime('%s', created_at) AS FLOAT)"
-        if op.get_bind().dialect.name == "sqlite"
-        else "EXTRACT(EPOCH FROM created_at)"
-    )
-    op.execute(f"UPDATE jobs SET rank = {seconds} - 3000")
-    _name_old_jobs()
+    _place_old_jobs()
 
 
 def _create_tables_of_jobs() -> None:
@@ -135,12 +132,20 @@ def _create_tables_of_users() -> None:
     )
 
 
-def _name_old_jobs() -> None:
-    jobs = sa.table("jobs", sa.column("id"), sa.column("spec", sa.JSON), sa.column("dataset"), sa.column("method"))
+def _place_old_jobs() -> None:
+    """Ranks and names of the jobs that are there: as if their priority had always been the usual one."""
+    jobs = sa.table(
+        "jobs",
+        sa.column("id"),
+        sa.column("spec", sa.JSON),
+        sa.column("created_at", UtcDateTime),
+        *(sa.column(name) for name in ("dataset", "method", "rank")),
+    )
     connection = op.get_bind()
-    for row in connection.execute(sa.select(jobs.c.id, jobs.c.spec)).all():
-        values = {"dataset": row.spec["dataset"]["name"], "method": row.spec["method"]["name"]}
-        connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(values))
+    for row in connection.execute(sa.select(jobs.c.id, jobs.c.spec, jobs.c.created_at)).all():
+        names = {part: row.spec[part]["name"] for part in ("dataset", "method")}
+        rank = row.created_at.timestamp() - 60 * 50
+        connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(rank=rank, **names))
 
 
 def downgrade() -> None:

@@ -1,0 +1,146 @@
+"""What a round looks at: the database's jobs, Ray's word on each, and the documents of their drivers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+
+from ncfm_core.errors import StorageError
+from service.cluster import Capacity, ClusterUnreachable, RayJob
+from service.controller.admission import is_owner_full
+from service.controller.crash_points import reached
+from service.controller.decision import Attempt, Policy, Publication, Snapshot
+from service.controller.launch import Muscle, publisher_id, submission_id
+from service.jobs import Job, State
+from service.store import Store
+from worker.records import AttemptResult, AttemptStatus, attempt_path, now
+from worker.storage import Storage
+
+QUEUE_WINDOW = 50
+"""Queued jobs looked at in one round."""
+PUBLISH_WINDOW = 8
+"""Ended jobs with an MLflow run to complete that are looked at in one round."""
+
+
+class Look:
+    """Gathers snapshots. All that it remembers is how long drivers and publishers have been as they are."""
+
+    def __init__(
+        self,
+        store: Store,
+        storage: Storage,
+        cluster: Muscle,
+        *,
+        policy: Policy,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._storage, self._cluster = store, storage, cluster
+        self._policy, self._clock = policy, clock
+        self._heartbeats: dict[str, tuple[datetime, float]] = {}
+        self._publishing_since: dict[str, float] = {}
+        self.storage_error = self.ray_error = ""
+        """Why either could not be asked in the last round; empty where it could."""
+        self.capacity: Capacity | None = None
+        """Totals of the cluster in the last round."""
+
+    def forget(self) -> None:
+        """Start anew, after a time in which nobody looked."""
+        self._heartbeats.clear()
+        self._publishing_since.clear()
+
+    def snapshot(self, mlflow_error: str) -> Snapshot:
+        """Ray is asked before the documents are read: a driver that Ray saw ending had written its result before."""
+        active = self._store.active()
+        due = self._store.unpublished(limit=PUBLISH_WINDOW, at=now())
+        rays: dict[str, RayJob | None] = {}
+        remains: dict[str, tuple[str, ...]] = {}
+        self.capacity, self.ray_error, self.storage_error = None, "", ""
+        try:
+            capacity = self._cluster.capacity()
+            names = [*map(submission_id, active), *map(publisher_id, due)]
+            rays = {name: self._cluster.find(name) for name in names}
+            remains = {name: self._cluster.remains(name) for name in map(submission_id, _ending(active, rays))}
+            self.capacity = capacity
+        except ClusterUnreachable as error:
+            self.ray_error = str(error)
+        if remains:
+            reached("after_remains_asked")
+        followed = {submission_id(job) for job in active}
+        self._heartbeats = {key: seen for key, seen in self._heartbeats.items() if key in followed}
+        return Snapshot(
+            now=now(),
+            capacity=self.capacity,
+            attempts=tuple(self._attempt(job, rays, remains) for job in active),
+            queued=tuple(self._queue(active)),
+            publications=tuple(self._publications(due, rays)),
+            mlflow_error=mlflow_error,
+        )
+
+    def _queue(self, active: list[Job]) -> list[Job]:
+        """Those that may start next; where owners have as many running as may, also those that this lets pass."""
+        window = self._store.queue(limit=QUEUE_WINDOW)
+        running = Counter(job.owner for job in active)
+        full = [owner for owner, count in running.items() if is_owner_full(count, self._policy)]
+        if not any(job.owner in full for job in window):
+            return window
+        passing = self._store.queue(limit=QUEUE_WINDOW, except_owners=full)
+        found = {job.id: job for job in (*window, *passing)}
+        return sorted(found.values(), key=lambda job: (job.rank, job.id))
+
+    def _attempt(self, job: Job, rays: dict[str, RayJob | None], remains: dict[str, tuple[str, ...]]) -> Attempt:
+        name = submission_id(job)
+        attempt = Attempt(job=job, ray=rays.get(name), status=None, result=None, silent_s=0.0)
+        try:
+            status = self._storage.get_record(attempt_path(job.id, job.attempt, "status.json"), AttemptStatus)
+            result = self._storage.get_record(attempt_path(job.id, job.attempt, "result.json"), AttemptResult)
+            is_asked = job.state is State.CANCELLING and self._has_stop_request(job)
+        except StorageError as error:
+            self.storage_error = str(error)
+            return Attempt(
+                job=job, ray=attempt.ray, status=None, result=None, silent_s=0.0, is_readable=False, trouble=str(error)
+            )
+        if result is not None:
+            reached("after_result_read")
+        return Attempt(
+            job=job,
+            ray=attempt.ray,
+            status=status,
+            result=result,
+            silent_s=self._silence(name, status),
+            has_stop_request=is_asked,
+            remains=remains.get(name),
+        )
+
+    def _has_stop_request(self, job: Job) -> bool:
+        return self._storage.size(attempt_path(job.id, job.attempt, "stop.json")) is not None
+
+    def _silence(self, name: str, status: AttemptStatus | None) -> float:
+        """Seconds since the heartbeat changed, by our clock: the driver's own may be wrong by any amount."""
+        if status is None:
+            return math.inf
+        seen = self._heartbeats.get(name)
+        if seen is None or seen[0] != status.heartbeat_at:
+            self._heartbeats[name] = (status.heartbeat_at, self._clock())
+            return 0.0
+        return self._clock() - seen[1]
+
+    def _publications(self, due: list[Job], rays: dict[str, RayJob | None]) -> list[Publication]:
+        since: dict[str, float] = {}
+        found = []
+        for job in due:
+            name = publisher_id(job)
+            ray = rays.get(name)
+            if ray is not None and not ray.is_terminal:
+                since[name] = self._publishing_since.get(name, self._clock())
+            found.append(Publication(job=job, ray=ray, running_s=self._clock() - since.get(name, self._clock())))
+        self._publishing_since = since
+        return found
+
+
+def _ending(active: list[Job], rays: dict[str, RayJob | None]) -> list[Job]:
+    """Jobs that are being cancelled and whose driver has ended by Ray's word: is anything else of them left?"""
+    found = ((job, rays.get(submission_id(job))) for job in active if job.state is State.CANCELLING)
+    return [job for job, ray in found if ray is not None and ray.is_terminal]

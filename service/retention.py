@@ -1,0 +1,253 @@
+"""What is kept how long. Deletes in small transactions, so that nobody waits long; doing it again does no harm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from sqlalchemy import Select, Table, delete, func, select, tuple_
+
+from ncfm_core.errors import StorageError
+from service.database import Database
+from service.jobs import ACTIVE, State
+from service.settings import Settings
+from service.tables import audit, events, idempotency, jobs
+from worker.records import FileRecord, StageResult
+from worker.storage import Storage
+
+BATCH = 500
+"""Rows of one transaction."""
+TERMINAL = tuple(state for state in State if state.is_terminal)
+_TEMPORARY = re.compile(r"(#\d+|\.partial|\.part)$")
+"""Names that files have while they are written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long things are kept once nobody needs them."""
+
+    events: timedelta = timedelta(days=30)
+    deleted: timedelta = timedelta(days=7)
+    idempotency: timedelta = timedelta(hours=72)
+    audit: timedelta = timedelta(days=90)
+    temporary: timedelta = timedelta(days=1)
+    cache: timedelta | None = None
+    """None for ever."""
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Limits:
+        cache = settings.keep_cache_days
+        return cls(
+            events=timedelta(days=settings.keep_events_days),
+            deleted=timedelta(days=settings.keep_deleted_days),
+            idempotency=timedelta(hours=settings.keep_keys_hours),
+            audit=timedelta(days=settings.keep_audit_days),
+            temporary=timedelta(days=settings.keep_temporary_days),
+            cache=None if cache is None else timedelta(days=cache),
+        )
+
+
+@dataclass(slots=True)
+class Removed:
+    """What was removed, or would be, by kind."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    """Rows or files."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of files."""
+
+    def add(self, kind: str, count: int, size: int = 0) -> None:
+        if count:
+            self.counts[kind] = self.counts.get(kind, 0) + count
+            self.sizes[kind] = self.sizes.get(kind, 0) + size
+
+
+def tidy(store: Database, storage: Storage, now: datetime, limits: Limits, *, dry_run: bool = False) -> Removed:
+    """The part for every hour: old rows, deleted jobs with their files, and checkpoints of jobs that have ended.
+
+    Args:
+        store: database of the jobs.
+        storage: its storage root.
+        now: the time.
+        limits: how long what is kept.
+        dry_run: only count.
+
+    Raises:
+        StoreError, StorageError: what was removed before stays so; the rest is left for the next time.
+    """
+    removed = Removed()
+    _trim_events(store, now - limits.events, removed, dry_run=dry_run)
+    for table, column, limit in (
+        (idempotency, "created_at", limits.idempotency),
+        (audit, "at", limits.audit),
+    ):
+        _delete_older(store, table, column, now - limit, removed, dry_run=dry_run)
+    _remove_deleted(store, storage, now - limits.deleted, removed, dry_run=dry_run)
+    _remove_checkpoints(store, storage, now - limits.temporary, removed, dry_run=dry_run)
+    return removed
+
+
+def sweep_storage(store: Database, storage: Storage, now: datetime, limits: Limits, *, dry_run: bool) -> Removed:
+    """The part for every now and then: results that nobody needs, objects that nothing refers to, temporary files.
+
+    It reads every manifest of the storage root.
+    """
+    removed = Removed()
+    manifests = _manifests(storage)
+    kept_files = {file.path for file in _artifacts(store)}
+    if limits.cache is not None and not _is_busy(store):
+        for path, result in list(manifests.items()):
+            if result.created_at < now - limits.cache and not kept_files & {file.path for file in result.files}:
+                removed.add("results", 1)
+                del manifests[path]
+                if not dry_run:
+                    storage.delete([path])
+    kept_files |= {file.path for result in manifests.values() for file in result.files}
+    live = set(_ids(store, lambda after: select(jobs.c.id).where(jobs.c.state.not_in(TERMINAL), jobs.c.id > after)))
+    for kind, folder in (("unreferenced objects", "objects"), ("damaged results", "damaged")):
+        for path, size, changed_at in storage.entries(folder):
+            # Files of a job that is not over are written before the result that refers to them.
+            is_needed = path in kept_files or path.split("/")[1].rpartition("-")[0] in live
+            if not is_needed and changed_at < now - limits.temporary:
+                removed.add(kind, 1, size)
+                if not dry_run:
+                    storage.delete([path])
+    for file in temporary_files(storage, now - limits.temporary):
+        removed.add("temporary files", 1, file.stat().st_size)
+        if not dry_run:
+            file.unlink(missing_ok=True)
+    return removed
+
+
+def temporary_files(storage: Storage, before: datetime) -> Iterator[Path]:
+    """Files that somebody began to write long ago, where the storage root is a folder."""
+    if "://" in storage.url:
+        return
+    for file in Path(storage.url).expanduser().rglob("*"):
+        if _TEMPORARY.search(file.name) and file.is_file():
+            if datetime.fromtimestamp(file.stat().st_mtime, UTC) < before:
+                yield file
+
+
+def _trim_events(store: Database, before: datetime, removed: Removed, *, dry_run: bool) -> None:
+    """All but the terminal event, and what came after it: the sequence has no gaps from there on."""
+    first = select(events.c.seq).where(events.c.job_id == jobs.c.id, events.c.seq == 1).exists()
+    old = (jobs.c.finished_at < before, jobs.c.state.in_(TERMINAL), first)
+    last = events.alias("last")
+    ended = (
+        select(func.max(last.c.seq)).where(last.c.job_id == events.c.job_id, last.c.type == "state").scalar_subquery()
+    )
+    cursor = ""
+    while True:
+        with store.reading() as connection:
+            query = select(jobs.c.id).where(*old, jobs.c.id > cursor).order_by(jobs.c.id).limit(BATCH // 10)
+            found = [str(row.id) for row in connection.execute(query)]
+            trimmed = (events.c.job_id.in_(found), events.c.seq < ended)
+            count = connection.execute(select(func.count()).select_from(events).where(*trimmed)).scalar_one()
+        if not found:
+            return
+        cursor = found[-1]
+        removed.add("events", int(count))
+        if not dry_run:
+            with store.writing() as connection:
+                connection.execute(delete(events).where(*trimmed))
+
+
+def _delete_older(
+    store: Database, table: Table, column: str, before: datetime, removed: Removed, *, dry_run: bool
+) -> None:
+    old = table.c[column] < before
+    if dry_run:
+        with store.reading() as connection:
+            count = connection.execute(select(func.count()).select_from(table).where(old)).scalar_one()
+        removed.add(table.name, int(count))
+        return
+    key = tuple_(*table.primary_key.columns)
+    statement = delete(table).where(key.in_(select(*table.primary_key.columns).where(old).limit(BATCH)))
+    while True:
+        with store.writing() as connection:
+            count = connection.execute(statement).rowcount
+        removed.add(table.name, count)
+        if count < BATCH:
+            return
+
+
+def _remove_deleted(store: Database, storage: Storage, before: datetime, removed: Removed, *, dry_run: bool) -> None:
+    """Files first, the row last: whoever is killed between them finds the job again. Results stay: others may use them."""
+    gone = (jobs.c.deleted_at < before, jobs.c.state.in_(TERMINAL), jobs.c.publication != "pending")
+    for job_id in _ids(store, lambda after: select(jobs.c.id).where(*gone, jobs.c.id > after)):
+        for prefix in (f"jobs/{job_id}", f"checkpoints/{job_id}"):
+            for path, size, _ in list(storage.entries(prefix)):
+                removed.add("files of deleted jobs", 1, size)
+                if not dry_run:
+                    storage.delete([path])
+        removed.add("deleted jobs", 1)
+        if not dry_run:
+            with store.writing() as connection:
+                # A key that named it would be answered with a job that is not there.
+                connection.execute(delete(idempotency).where(idempotency.c.job_id == job_id))
+                connection.execute(delete(jobs).where(jobs.c.id == job_id, *gone))
+
+
+def _remove_checkpoints(
+    store: Database, storage: Storage, before: datetime, removed: Removed, *, dry_run: bool
+) -> None:
+    """Those of jobs that have ended; of jobs that the database does not know, such as runs by hand, only old ones."""
+    found = list(storage.entries("checkpoints"))
+    states: dict[str, str] = {}
+    named = sorted({path.split("/")[1] for path, _, _ in found})
+    for start in range(0, len(named), BATCH):
+        with store.reading() as connection:
+            query = select(jobs.c.id, jobs.c.state).where(jobs.c.id.in_(named[start : start + BATCH]))
+            states |= {str(row.id): str(row.state) for row in connection.execute(query)}
+    for path, size, changed_at in found:
+        state = states.get(path.split("/")[1])
+        if state in TERMINAL or (state is None and changed_at < before):
+            removed.add("checkpoints", 1, size)
+            if not dry_run:
+                storage.delete([path])
+
+
+def _ids(store: Database, query: Callable[[str], Select[tuple[str]]]) -> Iterator[str]:
+    """Ids in batches, each read anew: what is deleted meanwhile is not met again."""
+    after = ""
+    while True:
+        with store.reading() as connection:
+            found = [str(row[0]) for row in connection.execute(query(after).order_by(jobs.c.id).limit(BATCH))]
+        yield from found
+        if not found:
+            return
+        after = found[-1]
+
+
+def _artifacts(store: Database) -> Iterator[FileRecord]:
+    """Files of every job whose row is there."""
+    for job_id in _ids(store, lambda after: select(jobs.c.id).where(jobs.c.id > after)):
+        with store.reading() as connection:
+            row = connection.execute(select(jobs.c.artifacts).where(jobs.c.id == job_id)).one_or_none()
+        for file in row.artifacts if row is not None else ():
+            yield FileRecord.model_validate(file)
+
+
+def _is_busy(store: Database) -> bool:
+    """Whether a driver may be about to read a result."""
+    with store.reading() as connection:
+        return bool(connection.execute(select(jobs.c.id).where(jobs.c.state.in_(ACTIVE)).limit(1)).first())
+
+
+def _manifests(storage: Storage) -> dict[str, StageResult]:
+    """Every committed result by its path.
+
+    Raises:
+        StorageError: one cannot be read: then nobody knows which objects it needs.
+    """
+    found: dict[str, StageResult] = {}
+    for path in storage.list("results"):
+        result = storage.get_record(path, StageResult)
+        if result is None:
+            raise StorageError.of("storage", path, "a result went away while it was read", "Run it again.")
+        found[path] = result
+    return found

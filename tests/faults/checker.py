@@ -1,0 +1,163 @@
+"""What must hold of a service's database and storage root whatever was killed, cut off or full: Jepsen in small.
+
+a  every acknowledged job exists, with the spec that was answered
+b  one job for each idempotency key
+c  a job's events are a path of the legal table, gapless, its end the last move, and the job stands where they say
+d  one attempt for each submission: numbered without gaps, begun once, ended once, by no older controller than the one before
+e  nothing lives of a job that has ended
+f  every job has ended (where that is asked)
+g  database and storage root agree: the files of a set are there with the sums that the job names
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from pydantic import JsonValue
+from sqlalchemy import select
+
+from service.jobs import MOVES, Event, Job, State
+from service.store import Store
+from service.tables import idempotency, jobs
+from worker.records import AttemptResult, attempt_path, spec_path
+from worker.storage import Storage
+
+AFTER_THE_END = frozenset({"published", "changed"})
+"""Events that may follow the end of a job."""
+OUTCOMES = {"lost": "recovering"} | {state.value: state.value for state in State if state.is_terminal}
+"""The state that an attempt's outcome belongs to."""
+
+
+class Violation(AssertionError):
+    """Something that must hold does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientLog:
+    """What clients were told: nothing of it may be lost."""
+
+    acknowledged: Mapping[str, dict[str, JsonValue] | None] = field(default_factory=dict)
+    """Job ids that were answered with 201, with the spec of the answer where it is known."""
+    keys: Iterable[tuple[str, str]] = ()
+    """Every answer's idempotency key and job id."""
+
+
+def check(
+    store: Store,
+    storage: Storage,
+    *,
+    log: ClientLog | None = None,
+    alive: Callable[[str], Iterable[object]] | None = None,
+    all_ended: bool = False,
+    ignore: Iterable[str] = (),
+) -> int:
+    """Check all jobs; how many there were.
+
+    Args:
+        store: the database, at rest or not.
+        storage: the storage root.
+        log: what clients were told.
+        alive: processes of a job that live now.
+        all_ended: whether every job must have ended.
+        ignore: ids of jobs whose stored files a test has damaged on purpose.
+
+    Raises:
+        Violation: it names the job, the rule and what was found.
+    """
+    found = _all_jobs(store)
+    _check_log(store, found, log or ClientLog())
+    for job in found.values():
+        _check_events(job, store.events(job.id, after=0, limit=100_000))
+        _check_attempts(job, store)
+        if alive is not None and job.state.is_terminal:
+            _require(not (left := list(alive(job.id))), job, "e", f"it has ended, and {left} still live")
+        if all_ended:
+            _require(job.state.is_terminal, job, "f", f"is still {job.state}: {job.message}")
+            _require(job.publication != "pending", job, "f", f"is not published after {job.publish_tries} tries")
+        if job.id not in set(ignore):
+            _check_storage(job, storage)
+    return len(found)
+
+
+def _all_jobs(store: Store) -> dict[str, Job]:
+    with store.reading() as connection:
+        ids = [str(row.id) for row in connection.execute(select(jobs.c.id))]
+    found = [store.get(job_id, deleted=True) for job_id in ids]
+    return {job.id: job for job in found if job is not None}
+
+
+def _require(holds: object, job: Job | str, rule: str, what: str) -> None:
+    if not holds:
+        raise Violation(f"job {job if isinstance(job, str) else job.id}, rule {rule}: {what}")
+
+
+def _check_log(store: Store, found: Mapping[str, Job], log: ClientLog) -> None:
+    for job_id, spec in log.acknowledged.items():
+        _require(job_id in found, job_id, "a", "was acknowledged and is lost")
+        _require(spec is None or found[job_id].spec == spec, job_id, "a", "its spec is not the one that was answered")
+    told: dict[str, str] = {}
+    for key, job_id in log.keys:
+        first = told.setdefault(key, job_id)
+        _require(first == job_id, job_id, "b", f"key {key} was also answered with job {first}")
+    with store.reading() as connection:
+        for row in connection.execute(select(idempotency)):
+            _require(row.job_id in found, row.job_id, "b", f"key {row.key} names a job that does not exist")
+            told_id = told.get(row.key, row.job_id)
+            _require(told_id == row.job_id, row.job_id, "b", f"key {row.key} was answered with {told_id}")
+
+
+def _check_events(job: Job, events: list[Event]) -> None:
+    numbers = [event.seq for event in events]
+    _require(numbers == list(range(1, len(events) + 1)), job, "c", f"its events are numbered {numbers}")
+    _require(events and events[0].type == "created", job, "c", "its first event is not its creation")
+    _require(job.event_seq == len(events), job, "c", f"it counts {job.event_seq} events and has {len(events)}")
+    state = State.QUEUED
+    for event in events:
+        if state.is_terminal:
+            _require(event.type in AFTER_THE_END, job, "c", f"event {event.seq} ({event.type}) follows its end")
+        if event.type != "state":
+            continue
+        came, to = State(str(event.data["from"])), State(str(event.data["to"]))
+        _require(came is state, job, "c", f"event {event.seq} leaves {came}, but it was {state}")
+        _require(to in MOVES[state], job, "c", f"event {event.seq} moves it from {state} to {to}")
+        state = to
+    _require(job.state is state, job, "c", f"it is {job.state}, and its events end with {state}")
+    _require((job.finished_at is not None) == state.is_terminal, job, "c", f"finished_at is {job.finished_at}")
+    starts = [int(str(event.data["attempt"])) for event in events if event.data.get("to") == "starting"]
+    _require(starts == list(range(1, job.attempt + 1)), job, "d", f"it has {job.attempt} attempts, and began {starts}")
+
+
+def _check_attempts(job: Job, store: Store) -> None:
+    rows = store.attempts(job.id)
+    numbers = [row.number for row in rows]
+    _require(numbers == list(range(1, job.attempt + 1)), job, "d", f"{job.attempt} attempts have the rows {numbers}")
+    fences = [row.fence for row in rows]
+    _require(fences == sorted(fences), job, "d", f"an older controller began a later attempt: fences {fences}")
+    for row in rows:
+        is_current = row.number == job.attempt and job.state in (State.STARTING, State.RUNNING, State.CANCELLING)
+        if job.state is State.CANCELLING and row.outcome == "lost":
+            # It was lost before its end was asked for.
+            continue
+        _require((row.ended_at is None) == is_current, job, "d", f"attempt {row.number} ended at {row.ended_at}")
+        _require(row.outcome is None or row.outcome in OUTCOMES, job, "d", f"attempt {row.number} is {row.outcome}")
+    if job.state.is_terminal and rows and rows[-1].outcome != "lost":
+        _require(rows[-1].outcome == job.state, job, "d", f"it is {job.state}, its last attempt {rows[-1].outcome}")
+
+
+def _check_storage(job: Job, storage: Storage) -> None:
+    if job.state is State.RUNNING or job.state is State.SUCCEEDED:
+        _require(storage.size(spec_path(job.id)) is not None, job, "g", "its spec is not in the storage root")
+    if job.state is not State.SUCCEEDED:
+        _require(not job.artifacts, job, "g", f"it is {job.state} and has artifacts")
+        return
+    result = storage.get_record(attempt_path(job.id, job.attempt, "result.json"), AttemptResult)
+    _require(result is not None and result.outcome == "succeeded", job, "g", f"its last attempt left {result}")
+    _require(job.artifacts, job, "g", "it succeeded without a set")
+    for artifact in job.artifacts:
+        data = storage.get(artifact.path)
+        _require(data is not None, job, "g", f"{artifact.name} is missing")
+        assert data is not None
+        _require(len(data) == artifact.size, job, "g", f"{artifact.name} has {len(data)} bytes, not {artifact.size}")
+        _require(hashlib.sha256(data).hexdigest() == artifact.sha256, job, "g", f"{artifact.name} is damaged")

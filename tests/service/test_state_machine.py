@@ -1,0 +1,306 @@
+"""Everything at once: hypothesis drives API, controller, drivers and faults against a small model of what clients were told.
+
+The database, the API and the controller are real; the cluster is its twin in memory, drivers only say what real ones would say,
+and the time between rounds is the test's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from pydantic import JsonValue
+from starlette.testclient import TestClient
+
+from ncfm_core.errors import StorageError
+from service.api import create_app
+from service.doctor import examine
+from service.jobs import Job, State
+from service.testing import FakeDriver
+from tests.faults.checker import ClientLog, check
+from tests.service.world import World
+from worker.storage import Storage
+
+TERMINAL = {str(state) for state in State if state.is_terminal}
+DRAIN_ROUNDS = 400
+NUMBER = st.integers(0, 999)
+
+
+class AwayStorage(Storage):
+    """A storage root that can be cut off."""
+
+    is_away = False
+
+    def put(self, path: str, data: bytes) -> None:
+        self._ask(path)
+        super().put(path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        self._ask(path)
+        return super().create(path, data)
+
+    def get(self, path: str) -> bytes | None:
+        self._ask(path)
+        return super().get(path)
+
+    def size(self, path: str) -> int | None:
+        self._ask(path)
+        return super().size(path)
+
+    def _ask(self, path: str) -> None:
+        if self.is_away:
+            raise StorageError.of("storage", path, "cannot be read: away")
+
+
+class Service(RuleBasedStateMachine):
+    """What clients were told, and what drivers there are."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="ncfm-machine-")
+        self.world = World(Path(self.folder.name))
+        self.storage = AwayStorage(self.world.settings.storage_url)
+        self.world.storage = self.storage
+        self.world.restarted()
+        self.client = TestClient(create_app(self.world.settings), base_url="http://127.0.0.1")
+        self.client.__enter__()
+        self.specs: dict[str, dict[str, JsonValue] | None] = {}
+        self.keys: dict[str, str] = {}
+        self.ends: dict[str, str] = {}
+        self.deleted: set[str] = set()
+        self.forgotten: set[str] = set()
+        """Drivers that live on though the cluster that started them is gone."""
+
+    # Clients
+
+    @rule(number=st.integers(0, 5), priority=st.integers(0, 100), is_huge=st.booleans())
+    def submit(self, number: int, priority: int, is_huge: bool) -> None:
+        """A key may come again, with the same body or another one."""
+        key = f"key-{number}"
+        body = {"dataset": "digits", "ipc": 1, "seed": number, "resources": {"cpus": 64 if is_huge else 1}}
+        answer = self.client.post("/jobs", json=body, headers={"Idempotency-Key": key})
+        if key in self.keys:
+            is_same = answer.status_code in (200, 201)
+            assert (
+                is_same
+                or (answer.status_code, answer.json()["code"]) == (409, "idempotency_key_reused")
+                or (answer.status_code == 422)
+            ), answer.text
+            assert not is_same or answer.json()["id"] == self.keys[key]
+            return
+        assert answer.status_code == 201, answer.text
+        told = answer.json()
+        assert told["id"] not in self.specs
+        self.keys[key], self.specs[told["id"]] = told["id"], told["spec"]
+
+    @precondition(lambda self: self.specs)
+    @rule(number=NUMBER, mode=st.sampled_from(["graceful", "force"]))
+    def cancel(self, number: int, mode: str) -> None:
+        job_id = self._job(number)
+        answer = self.client.post(f"/jobs/{job_id}/cancel", json={"mode": mode})
+        allowed = {404} if job_id in self.deleted else {200, 202, 409}
+        assert answer.status_code in allowed, answer.text
+        if answer.status_code == 409:
+            assert self._shown(job_id)["state"] in TERMINAL
+
+    @precondition(lambda self: self.specs)
+    @rule(number=NUMBER)
+    def delete(self, number: int) -> None:
+        job_id = self._job(number)
+        before = self.client.get(f"/jobs/{job_id}")
+        answer = self.client.delete(f"/jobs/{job_id}")
+        if job_id in self.deleted:
+            assert before.status_code == answer.status_code == 404
+        elif before.json()["state"] in TERMINAL:
+            assert answer.status_code == 204, answer.text
+            self.deleted.add(job_id)
+        else:
+            assert answer.status_code == 409, "a job that runs is not deleted"
+
+    @precondition(lambda self: self.specs)
+    @rule(number=NUMBER, priority=st.integers(0, 100))
+    def change(self, number: int, priority: int) -> None:
+        answer = self.client.patch(f"/jobs/{self._job(number)}", json={"priority": priority})
+        assert answer.status_code in (200, 404, 409), answer.text
+
+    @precondition(lambda self: self.specs)
+    @rule(number=NUMBER)
+    def look(self, number: int) -> None:
+        """An end is final; a deleted job is gone; lists have each job once."""
+        job_id = self._job(number)
+        if job_id in self.deleted:
+            assert self.client.get(f"/jobs/{job_id}").status_code == 404
+        else:
+            self._shown(job_id)
+        items = [job["id"] for job in self.client.get("/jobs?limit=200").json()["items"]]
+        assert sorted(items) == sorted(set(self.specs) - self.deleted)
+
+    # Time
+
+    @rule(seconds=st.integers(0, 12), rounds=st.integers(1, 4))
+    def go_on(self, seconds: int, rounds: int) -> None:
+        for _ in range(rounds):
+            self.world.controller.round()
+            self.world.seconds += seconds / rounds
+
+    # Drivers
+
+    @precondition(lambda self: self._drivers())
+    @rule(
+        number=NUMBER, does=st.sampled_from(["beat", "beat", "succeed", "fail", "fail_for_now", "die", "die_of_spec"])
+    )
+    def drive(self, number: int, does: str) -> None:
+        """A driver says something, or ends without a word. What it says reaches the storage root, whatever we see of that."""
+        drivers = self._drivers()
+        name = drivers[number % len(drivers)]
+        is_away, self.storage.is_away = self.storage.is_away, False
+        self._drive(name, does)
+        self.storage.is_away = is_away
+
+    def _drive(self, name: str, does: str) -> None:
+        cluster = self.world.cluster
+        driver = self._driver(name)
+        if name in cluster.jobs:
+            cluster.start(name)
+        if does == "beat":
+            driver.beat(int(self.world.seconds) % 10)
+            return
+        code: int | None = {"die": 137, "die_of_spec": 2, "succeed": 0}.get(does, 1)
+        driver.beat(9)
+        if does == "succeed":
+            driver.succeed()
+        elif does == "fail":
+            driver.fail("dataset_unavailable", "there is no such data")
+        elif does == "fail_for_now":
+            driver.fail("storage_unavailable", "the storage root was away", retryable=True)
+        self.forgotten.discard(name)
+        if name in cluster.jobs:
+            cluster.end(name, "SUCCEEDED" if code == 0 else "FAILED", exit_code=code)
+
+    @rule(number=NUMBER, code=st.sampled_from([0, 1]))
+    def publish(self, number: int, code: int) -> None:
+        """A publisher ends: MLflow has its run, or was away."""
+        found = [name for name, ray in self.world.cluster.jobs.items() if "publish" in name and not ray.is_terminal]
+        if found:
+            name = found[number % len(found)]
+            self.world.cluster.end(name, "SUCCEEDED" if code == 0 else "FAILED", exit_code=code)
+
+    # Faults
+
+    @rule()
+    def restart_controller(self) -> None:
+        self.world.restarted()
+
+    @rule()
+    def restart_cluster(self) -> None:
+        """A new head that knows nothing; the old one's drivers may go on for a while."""
+        self.forgotten |= {name for name in self._drivers() if self.world.cluster.jobs.get(name) is not None}
+        self.world.cluster.restart()
+
+    @rule(is_away=st.booleans())
+    def cut_off_ray(self, is_away: bool) -> None:
+        self.world.cluster.is_away = is_away
+
+    @rule(is_away=st.booleans())
+    def cut_off_storage(self, is_away: bool) -> None:
+        self.storage.is_away = is_away
+
+    @rule()
+    def restart_api(self) -> None:
+        self.client.__exit__(None, None, None)
+        self.client = TestClient(create_app(self.world.settings), base_url="http://127.0.0.1")
+        self.client.__enter__()
+
+    # The end
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        try:
+            self._heal()
+            log = ClientLog(acknowledged=self.specs, keys=list(self.keys.items()))
+            check(self.world.store, self.storage, log=log, all_ended=True)
+            found = [each for each in examine(self.world.store, self.storage, deep=True) if each.level == "error"]
+            assert not [each for each in found if each.check != "disk"], found
+            for job_id in sorted(set(self.specs) - self.deleted):
+                self._shown(job_id)
+        finally:
+            self.client.__exit__(None, None, None)
+            self.world.close()
+            self.folder.cleanup()
+
+    def _heal(self) -> None:
+        """Everything is back, and all that waits is done."""
+        self.storage.is_away = self.world.cluster.is_away = False
+        self.world.cluster.cpus = 64.0
+        for name in list(self.forgotten):
+            self.forgotten.discard(name)
+        for _ in range(DRAIN_ROUNDS):
+            for name in self._drivers():
+                if self.world.cluster.jobs[name].status == "PENDING":
+                    self._drive(name, "beat")
+                else:
+                    self._drive(name, "succeed")
+            self.publish(0, 0)
+            self.world.controller.round()
+            self.world.seconds += 6
+            if not self._unfinished():
+                return
+        raise AssertionError(f"not at its end after {DRAIN_ROUNDS} rounds: {self._unfinished()}")
+
+    def _unfinished(self) -> list[str]:
+        found = [self._stored(job_id) for job_id in self.specs]
+        return [
+            f"{job.id} {job.state} {job.reason} {job.message} {job.publication}"
+            for job in found
+            if not job.state.is_terminal or job.publication == "pending"
+        ]
+
+    # What there is
+
+    def _job(self, number: int) -> str:
+        return sorted(self.specs)[number % len(self.specs)]
+
+    def _stored(self, job_id: str) -> Job:
+        job = self.world.store.get(job_id, deleted=True)
+        assert job is not None, "acknowledged, and lost"
+        return job
+
+    def _shown(self, job_id: str) -> dict[str, Any]:
+        """What the API says of a job, held against what it said before."""
+        answer = self.client.get(f"/jobs/{job_id}")
+        assert answer.status_code == 200, answer.text
+        told: dict[str, Any] = answer.json()
+        assert told["spec"] == self.specs[job_id]
+        if told["state"] in TERMINAL:
+            assert self.ends.setdefault(job_id, told["state"]) == told["state"], "an end is final"
+        else:
+            assert job_id not in self.ends, "an end is final"
+        return told
+
+    def _drivers(self) -> list[str]:
+        """Submission ids of drivers that live."""
+        known = {name for name, ray in self.world.cluster.jobs.items() if "publish" not in name and not ray.is_terminal}
+        return sorted(known | self.forgotten)
+
+    def _driver(self, name: str) -> FakeDriver:
+        job_id, _, attempt = name.rpartition("-")
+        return FakeDriver(self.storage, self._stored(job_id).model_copy(update={"attempt": int(attempt)}))
+
+
+def test_service_when_everything_happens_in_any_order(is_long: bool) -> None:
+    run_state_machine_as_test(
+        Service,
+        settings=settings(
+            max_examples=100 if is_long else 15,
+            stateful_step_count=30 if is_long else 20,
+            deadline=None,
+            derandomize=not is_long,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
