@@ -100,10 +100,15 @@ class Recorder:
 def _values(entry: AuditEntry) -> dict[str, object]:
     return {
         "at": entry.at,
-        "actor": entry.actor[:80],
-        "action": entry.action[:64],
-        "target": entry.target[:128],
-        "request_id": entry.request_id[:64],
-        "address": entry.address[:64],
+        "actor": _fitting(entry.actor, 80),
+        "action": _fitting(entry.action, 64),
+        "target": _fitting(entry.target, 128),
+        "request_id": _fitting(entry.request_id, 64),
+        "address": _fitting(entry.address, 64),
         "data": dict(entry.data),
     }
+
+
+def _fitting(text: str, length: int) -> str:
+    """Text that a column takes: what a stranger put into a path must not keep the rows behind it from being written."""
+    return "".join(char if char.isprintable() else "?" for char in text[:length])

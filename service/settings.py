@@ -30,7 +30,7 @@ class Settings(Surroundings):
     api_key: SecretStr | None = None
     """Key that the command line sends."""
     rate_limit_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 600
-    """Requests of one key or address that change something, on average; as many may come at once."""
+    """Requests of one key that change something, and wrong keys from one address; as many may come at once."""
     max_upload_bytes: Annotated[int, Field(ge=1, le=1 << 50)] = 20 << 30
     """Of one uploaded archive."""
     log_format: Literal["auto", "json", "text"] = "auto"

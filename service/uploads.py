@@ -57,6 +57,17 @@ class Upload:
         return UPLOAD + self.id
 
     @property
+    def classes(self) -> dict[str, tuple[int, int]]:
+        """Images of each class, for training and for testing."""
+        classes: Any = self.facts["classes"]
+        return {name: (int(train), int(test)) for name, (train, test) in classes.items()}
+
+    @property
+    def smallest_class(self) -> int:
+        """Training images of the smallest class."""
+        return min(train for train, _ in self.classes.values())
+
+    @property
     def path(self) -> str:
         return upload_path(self.id, f".{self.facts['kind']}")
 

@@ -51,7 +51,7 @@ class Access:
             ring: of keys.
             mode: when a key is needed.
             host: the address the API is bound to.
-            per_minute: requests of one caller that change something.
+            per_minute: requests of one key that change something, or guesses at keys from one address.
             recorder: takes a note of each of them.
             is_draining: whether nothing new is taken any more.
         """
@@ -79,7 +79,7 @@ class Access:
         """Who calls, if they may."""
         request_id, writes = scope["state"]["request_id"], scope["method"] not in SAFE_METHODS
         address = scope["client"][0] if scope.get("client") else ""
-        if scope["path"] in OPEN:
+        if scope["path"] in OPEN and not writes:
             return Caller(LOCAL, frozenset(), request_id, address)
         if writes and self._is_draining():
             error = Draining.of("", None, "this process ends and takes nothing new", "Send it again in a moment.")
@@ -93,8 +93,9 @@ class Access:
             raise
         caller = Caller(owner, scopes, request_id, address)
         need_scope(caller, "submit" if writes else "read")
-        if writes:
-            self._buckets.take(f"key {owner}" if owner != LOCAL else f"address {address}", caller.actor.name)
+        # Who needs no key is on this machine, and may ask as much of it as he likes.
+        if writes and owner != LOCAL:
+            self._buckets.take(f"key {owner}", caller.actor.name)
         return caller
 
     async def _identify(self, header: str | None) -> tuple[str, frozenset[Scope]]:

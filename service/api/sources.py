@@ -48,8 +48,17 @@ class Sources:
                 allowed_path(uri, self._data_dir, self._roots)
         except DatasetError as error:
             raise SpecError(*error.problems) from None
-        if digest is not None and self._uploads.get(digest) is None:
-            raise SpecError.of("dataset.uri", uri, "there is no such upload", "GET /datasets lists all.")
+        if digest is not None:
+            self._check_upload(digest, document.get("ipc"))
+
+    def _check_upload(self, digest: str, ipc: JsonValue) -> None:
+        upload = self._uploads.get(digest)
+        if upload is None:
+            hint = "GET /datasets lists all."
+            raise SpecError.of("dataset.uri", f"upload:{digest}", "there is no such upload", hint)
+        if isinstance(ipc, int) and ipc > upload.smallest_class:
+            message = f"more images per class than the smallest class of the upload has ({upload.smallest_class})"
+            raise SpecError.of("ipc", ipc, message, f"Choose 1 to {upload.smallest_class}.")
 
 
 _NO_SECRETS = (

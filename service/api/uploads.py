@@ -8,6 +8,7 @@ import binascii
 import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -45,8 +46,9 @@ from worker.records import now
 router = APIRouter(tags=["datasets"])
 
 KINDS: dict[str, Kind] = {"application/x-tar": "tar", "application/gzip": "tar.gz", "application/zip": "zip"}
-WRITE_BYTES = 4 << 20
+WRITE_BYTES = 1 << 20
 """So much is gathered before a thread writes it."""
+_ID = re.compile(r"[0-9a-f]{64}")
 SILENCE_S = 60.0
 """A sender that sends nothing for this long is given up."""
 MAX_AT_ONCE = 4
@@ -95,7 +97,7 @@ class UploadDetails(UploadBody):
 
     @classmethod
     def of(cls, upload: Upload) -> UploadDetails:
-        counts = {name: ClassCounts(train=train, test=test) for name, (train, test) in _classes(upload).items()}
+        counts = {name: ClassCounts(train=train, test=test) for name, (train, test) in upload.classes.items()}
         return cls(**_summary(upload), classes=counts)
 
 
@@ -125,7 +127,7 @@ UploadsDep = Annotated[Uploads, Depends(_uploads)]
 def _upload(
     upload_id: Annotated[str, Path(alias="id", description="sha256 of the upload.")], all_: UploadsDep
 ) -> Upload:
-    found = all_.get(upload_id)
+    found = all_.get(upload_id) if _ID.fullmatch(upload_id) else None
     if found is None:
         raise NotFound(Problem("id", shorten(upload_id), "there is no such upload", "GET /datasets lists all."))
     return found
@@ -333,13 +335,8 @@ def _compare(digest: str, expected: list[tuple[str, bytes]]) -> None:
             raise DigestMismatch.of(header, wanted.hex(), message, "It was damaged on its way: send it again.")
 
 
-def _classes(upload: Upload) -> dict[str, tuple[int, int]]:
-    classes: Any = upload.facts["classes"]
-    return {name: (int(train), int(test)) for name, (train, test) in classes.items()}
-
-
 def _summary(upload: Upload) -> dict[str, Any]:
-    counts = _classes(upload).values()
+    counts = upload.classes.values()
     shown = {name: getattr(upload, name) for name in ("id", "name", "uri", "owner", "size", "created_at")}
     facts = {name: upload.facts[name] for name in ("kind", "split", "ignored_files")}
     return {
@@ -348,5 +345,5 @@ def _summary(upload: Upload) -> dict[str, Any]:
         "num_classes": len(counts),
         "num_train": sum(train for train, _ in counts),
         "num_test": sum(test for _, test in counts),
-        "smallest_class": min(train for train, _ in counts),
+        "smallest_class": upload.smallest_class,
     }

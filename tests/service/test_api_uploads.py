@@ -239,6 +239,9 @@ def test_list_of_uploads_is_paged_newest_first(client: httpx.Client) -> None:
     assert seen[:5] == made[::-1] and len(seen) == len(set(seen))
     assert client.get("/datasets", params={"cursor": "0" * 64}).status_code == 422
     assert client.get("/datasets", params={"cursor": "x"}).status_code == 422
+    for unknown in ("x", "%00", "..%2F..%2Fetc%2Fpasswd", made[0].upper(), made[0] + "0"):
+        assert client.get(f"/datasets/{unknown}").status_code == 404
+        assert client.delete(f"/datasets/{unknown}").status_code == 404
 
 
 def test_upload_when_a_job_needs_it_stays_and_else_may_go(
@@ -248,6 +251,7 @@ def test_upload_when_a_job_needs_it_stays_and_else_may_go(
     spec = {"dataset": {"name": "imagefolder", "uri": upload["uri"], "image_size": 8}, "ipc": 1, "preset": "quick"}
     made = client.post("/jobs", json=spec)
     assert made.status_code == 201, made.text
+    assert refused(client.post("/jobs", json=spec | {"ipc": 5}), 422, "invalid_spec")["field"] == "ipc"
     problem = refused(client.delete(f"/datasets/{upload['id']}"), 409, "conflict")
     assert made.json()["id"] in problem["message"]
     job = api_store.get(made.json()["id"])

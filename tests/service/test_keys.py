@@ -245,6 +245,12 @@ def test_writes_when_too_many_are_429_and_reads_are_not(tmp_path: Path) -> None:
     world.app.state.store.close()
 
 
+def test_writes_where_no_key_is_needed_are_not_counted(tmp_path: Path) -> None:
+    world = World(tmp_path, rate_limit_per_minute=1)
+    assert [world.client().post("/jobs", json=SMALLEST).status_code for _ in range(4)] == [201] * 4
+    world.app.state.store.close()
+
+
 def test_headers_when_too_many_or_too_long_are_431(world: World) -> None:
     for headers in ({f"x-{i}": "1" for i in range(101)}, {"x": "1" * 40_000}):
         reply = world.client().get("/jobs", headers=headers)
@@ -292,6 +298,20 @@ def test_audit_when_the_database_is_away_is_kept_later(tmp_path: Path) -> None:
             connection.execute(text("ALTER TABLE hidden RENAME TO audit"))
     with Store(Settings(home=tmp_path).database).reading() as connection:
         assert len(connection.execute(select(audit)).all()) == 2
+
+
+def test_audit_takes_what_a_stranger_put_into_a_path(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    with world.client() as client:
+        client.post("/jobs/%00%0A/cancel")
+    with Store(Settings(home=tmp_path).database).reading() as connection:
+        assert connection.execute(select(audit.c.target)).scalar_one() == "??"
+
+
+def test_open_path_is_open_for_looking_alone(world: World) -> None:
+    make(world.keys)
+    assert world.client().get("/livez").status_code == 200
+    assert world.client().post("/livez").status_code == 401
 
 
 def test_openapi_says_that_keys_are_bearer_tokens(world: World) -> None:
