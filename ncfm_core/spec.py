@@ -44,7 +44,8 @@ class DatasetSpec(Part):
     name: DatasetName
     """Name in the catalog."""
     uri: Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
-    """Of an `imagefolder` alone: a folder, .tar, .tar.gz, .tgz or .zip on the cluster, as a path or a file:// URI."""
+    """Of an `imagefolder` alone: a folder, .tar, .tar.gz, .tgz or .zip on the cluster, as a path or a file:// URI; or
+    `upload:` and the id that POST /datasets answered."""
     image_size: Annotated[int, Field(ge=8, le=512)] | None = None
     """Of an `imagefolder` alone: height and width in pixels that its images are brought to."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import time
@@ -14,7 +15,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import JsonValue
 
-from service.connection import POLL_S, ClientError, Connection, ServiceAway
+from service.connection import CONNECT_TIMEOUT_S, POLL_S, ClientError, Connection, ServiceAway
 from service.replies import (
     FINAL,
     Artifact,
@@ -29,10 +30,14 @@ from service.replies import (
     JobPage,
     JobSummary,
     Progress,
+    Upload,
+    UploadPage,
 )
 
 __all__ = ["Client", "ClientError", "ServiceAway"]
 
+UPLOAD_TIMEOUT_S = 3600.0
+"""The service looks into an archive before it answers."""
 PATIENCE_S = 60.0
 """Longer than a supervisor takes to start the API again."""
 RETRY_S = 5.0
@@ -169,6 +174,41 @@ class Client(Connection):
                     raise ClientError.of("path", artifact.name, "arrived damaged", "Fetch it again.")
             fetched.append(to)
         return fetched
+
+    def upload(self, archive: Path, name: str) -> Upload:
+        """Send a .tar, .tar.gz or .zip of images; the same bytes sent again are the same upload.
+
+        Raises:
+            ClientError: the file cannot be read or is no archive by its name, or the service refuses it.
+        """
+        endings = {".tar": "application/x-tar", ".gz": "application/gzip", ".tgz": "application/gzip"}
+        media_type = (endings | {".zip": "application/zip"}).get(archive.suffix.lower())
+        if media_type is None:
+            raise ClientError.of("file", str(archive), "not an archive by its name", "Send a .tar, .tar.gz or .zip.")
+        try:
+            with archive.open("rb") as file:
+                digest = base64.b64encode(hashlib.file_digest(file, "sha256").digest()).decode()
+                headers = {
+                    "Content-Type": media_type,
+                    "Content-Length": str(file.seek(0, 2)),
+                    "Repr-Digest": f"sha-256=:{digest}:",
+                }
+                file.seek(0)
+                timeout = httpx.Timeout(UPLOAD_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+                options = {"params": {"name": name}, "content": file, "headers": headers, "timeout": timeout}
+                return self._get(Upload, "POST", "/datasets", **options)
+        except OSError as error:
+            raise ClientError.of("file", str(archive), f"cannot be read: {error.strerror}", "Name another.") from error
+
+    def uploads(self, *, limit: int = 50, cursor: str | None = None) -> tuple[list[Upload], str | None]:
+        """A page of uploads, newest first, and where the next one starts."""
+        params = {"limit": str(limit)} | ({"cursor": cursor} if cursor else {})
+        page = self._get(UploadPage, "GET", "/datasets", params=params)
+        return list(page.items), page.next
+
+    def remove_upload(self, upload_id: str) -> None:
+        """Remove an upload that no job needs."""
+        self._ask("DELETE", f"/datasets/{quote(upload_id, safe='')}")
 
     def wait(
         self,

@@ -50,6 +50,8 @@ class Layout:
     ray_tmpdir: str | None = None
     num_cpus: int | None = None
     """CPUs that Ray may give away; None for all."""
+    data_roots: tuple[str, ...] = ()
+    """Folders that users' own images may be read from; empty for any."""
     public_hosts: tuple[str, ...] = ()
     """Names by which the API may be called beside this machine's."""
 
@@ -109,6 +111,8 @@ def environments(layout: Layout) -> dict[ProcessName, Mapping[str, str]]:
         "NCFM_MLFLOW_URL": layout.mlflow_url,
         "NCFM_MLFLOW_PUBLIC_URL": layout.mlflow_public_url,
     }
+    if layout.data_roots:
+        worker["NCFM_DATA_ROOTS"] = ",".join(layout.data_roots)
     # Told to end, a head would wait 30 s for its drivers: they resume from checkpoints instead.
     ray = {"RAY_AUTH_MODE": "token", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     service = worker | {"NCFM_RAY_URL": layout.ray_url, "NCFM_WORKER_PYTHON": layout.python}

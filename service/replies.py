@@ -186,6 +186,27 @@ class AttemptPage(Reply):
     items: tuple[Attempt, ...]
 
 
+class Upload(Reply):
+    """An uploaded archive of images."""
+
+    id: str
+    name: str
+    uri: str
+    """What `dataset.uri` of a submission is set to."""
+    size: int
+    num_classes: int
+    num_train: int
+    num_test: int
+    smallest_class: int
+    """Training images of the smallest class: the greatest `ipc` that is possible."""
+    created_at: datetime
+
+
+class UploadPage(Reply):
+    items: tuple[Upload, ...]
+    next: str | None = None
+
+
 class JobPage(Reply):
     items: tuple[JobSummary, ...]
     next: str | None = None

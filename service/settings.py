@@ -9,14 +9,9 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import NoDecode
 
 from ncfm_core.errors import NcfmError, Problem, shorten
-from worker.settings import Surroundings
+from worker.settings import Surroundings, listed
 
 Days = Annotated[float, Field(ge=0, le=100_000)]
-
-
-def _listed(value: object) -> object:
-    """Text with commas as its parts."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class Settings(Surroundings):
@@ -28,7 +23,7 @@ class Settings(Surroundings):
     """Address the API binds to."""
     port: Annotated[int, Field(ge=0, le=65_535)] = 8000
     """Port of the API; 0 for a free one (embedded stack only)."""
-    public_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = ()
+    public_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(listed)] = ()
     """Names by which the API may be called beside this machine's and the one it is bound to; `*` for any."""
     auth: Literal["auto", "required", "off"] = "auto"
     """Whether callers need a key: `auto` where others reach the API, and on loopback once there is a key at all."""
@@ -36,6 +31,8 @@ class Settings(Surroundings):
     """Key that the command line sends."""
     rate_limit_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] = 600
     """Requests of one key or address that change something, on average; as many may come at once."""
+    max_upload_bytes: Annotated[int, Field(ge=1, le=1 << 50)] = 20 << 30
+    """Of one uploaded archive."""
     log_format: Literal["auto", "json", "text"] = "auto"
     """Of the lines on standard error: `auto` is text on a terminal, else JSON."""
     ray_url: str = "http://127.0.0.1:8265"

@@ -61,9 +61,9 @@ def _line(build: Build, storage: Storage, unknown: str) -> BuildLine:
 
 
 def _digests(spec: JobSpec, surroundings: Surroundings) -> tuple[str, str | None]:
-    from ncfm_core.datasets import load_dataset
+    from worker.data import load
 
-    dataset = load_dataset(spec.dataset, **surroundings.data_access)
+    dataset = load(spec.dataset, surroundings.data_access)
     check_counts(spec, dataset.class_counts)
     split = held_out(spec)
     return dataset.digest, dataset.hold_out(split[0], seed=split[1]).digest if split else None

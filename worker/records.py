@@ -4,6 +4,7 @@ jobs/<job>/spec.json                         the resolved spec, written by whoev
 jobs/<job>/attempts/<n>/status.json          AttemptStatus, rewritten at least every 2 s while something moves
 jobs/<job>/attempts/<n>/result.json          AttemptResult, once, at the end
 jobs/<job>/attempts/<n>/driver.log           what the driver logged
+jobs/<job>/attempts/<n>/reserve              room that a running attempt gives up to say that the storage is full
 jobs/<job>/attempts/<n>/stop.json            StopRequest, written by whoever wants the attempt to end
 jobs/<job>/set/<name>                        a plain copy of the published set, for people
 objects/<job>-<n>/<stage>-<key>/<name>       files of stage results, immutable
@@ -206,7 +207,7 @@ def spec_path(job_id: str) -> str:
     return f"{job_root(job_id)}/spec.json"
 
 
-Document = Literal["status.json", "result.json", "driver.log", "stop.json"]
+Document = Literal["status.json", "result.json", "driver.log", "stop.json", "reserve"]
 
 
 def attempt_path(job_id: str, attempt: int, document: Document) -> str:

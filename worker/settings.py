@@ -7,8 +7,8 @@ import secrets
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from pydantic import AfterValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 def _absolute(path: Path) -> Path:
@@ -18,13 +18,24 @@ def _absolute(path: Path) -> Path:
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
+def listed(value: object) -> object:
+    """Text with commas as its parts."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _listed_or_none(value: object) -> object:
+    return listed(value) or None
+
+
 class DataAccess(TypedDict):
-    """Where data sets are and how much of one may be in memory: what `ncfm_core.datasets.load_dataset` wants to know."""
+    """Where data sets are and how much of one may be in memory: what `worker.data.load` wants to know."""
 
     data_dir: Path
     allow_download: bool
     cache_dir: Path
     memory_bytes: int
+    storage_url: str
+    data_roots: tuple[Path, ...] | None
 
 
 class Surroundings(BaseSettings):
@@ -42,6 +53,10 @@ class Surroundings(BaseSettings):
     """The same server as people reach it; empty for `mlflow_url`."""
     data_dir: AbsolutePath = Field(default=Path("~/.ncfm/data"), validate_default=True)
     """Data sets in torchvision's layout."""
+    data_roots: Annotated[tuple[AbsolutePath, ...] | None, NoDecode, BeforeValidator(_listed_or_none)] = None
+    """Folders, with commas between, that an `imagefolder` may be read from; unset for any.
+
+    Where others reach the API, it takes `data_dir` alone unless this is set."""
     allow_download: bool = False
     """Whether a data set that is missing may be downloaded."""
     cache_dir: AbsolutePath | None = None
@@ -57,6 +72,8 @@ class Surroundings(BaseSettings):
             "allow_download": self.allow_download,
             "cache_dir": self.cache_dir or self.data_dir / "converted",
             "memory_bytes": int(self.data_memory_gib * 2**30),
+            "storage_url": self.storage_url,
+            "data_roots": self.data_roots,
         }
 
     @property

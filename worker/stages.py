@@ -16,7 +16,7 @@ import torch
 
 from ncfm_core.coresets import coreset
 from ncfm_core.coresets import random_real as draw_random_real
-from ncfm_core.datasets import Dataset, load_dataset
+from ncfm_core.datasets import Dataset
 from ncfm_core.evaluate import evaluate
 from ncfm_core.progress import Progress
 from ncfm_core.spec import (
@@ -28,6 +28,7 @@ from ncfm_core.spec import (
     ModelSpec,
 )
 from worker.building import Building, read_pool, read_synthetic
+from worker.data import load
 from worker.evidence import Evidence, shortened_in_words
 from worker.export import ZIP_DATE, data_card, export_files
 from worker.history import Stage
@@ -53,7 +54,7 @@ def inspect(spec: DatasetSpec, access: DataAccess, *, held_out: tuple[float, int
         access: where they are.
         held_out: fraction and seed of the search's split.
     """
-    dataset = load_dataset(spec, **access)
+    dataset = load(spec, access)
     facts = DataFacts(
         digest=dataset.digest,
         held_out_digest=dataset.hold_out(held_out[0], seed=held_out[1]).digest if held_out else None,

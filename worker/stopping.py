@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from ncfm_core.errors import StoppedError, StorageError
-from worker.records import StopRequest, attempt_path
+from worker.history import Stage, Trouble
+from worker.records import StageResult, StopRequest, attempt_path
 from worker.storage import Storage
 
 LOOK_EVERY_S = 1.0
@@ -20,6 +22,24 @@ def nobody() -> StopRequest | None:
 def stopped() -> StoppedError:
     """What ends a stage, and then the attempt."""
     return StoppedError.of("", None, "stopped as asked", "")
+
+
+def in_trouble_no_longer(stage: Stage, asked: Callable[[], StopRequest | None]) -> Stage:
+    """The stage, ended while it waits in some trouble once there is a request: it may be for long, and nothing is lost.
+
+    Raises:
+        StoppedError: it was ended.
+    """
+    while True:
+        try:
+            event = next(stage)
+        except StopIteration as stop:
+            result: StageResult = stop.value
+            return result
+        yield event
+        if isinstance(event, Trouble) and event.message and asked():
+            stage.close()
+            raise stopped()
 
 
 class StopWatch:

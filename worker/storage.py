@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
@@ -57,6 +57,13 @@ class Storage:
         except (BaseError, OSError) as error:
             raise self._failed(path, "cannot be written", error) from error
         return True
+
+    def put_file(self, path: str, file: IO[bytes]) -> None:
+        """Write an object from an open file, part by part; readers see all of it or nothing."""
+        try:
+            obstore.put(self._store, path, file)
+        except (BaseError, OSError) as error:
+            raise self._failed(path, "cannot be written", error) from error
 
     def get(self, path: str) -> bytes | None:
         """The object, or None."""

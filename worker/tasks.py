@@ -20,7 +20,7 @@ from worker.plan import Kind
 from worker.records import StageResult
 from worker.settings import DataAccess
 from worker.site import Site
-from worker.stopping import StopWatch
+from worker.stopping import StopWatch, in_trouble_no_longer
 from worker.storage import Storage
 
 NAMESPACE = "ncfm"
@@ -152,7 +152,7 @@ def _run_stage(
     with StopWatch(storage, site.job_id, site.attempt) as watch:
         stage: Callable[..., Stage] = getattr(stages, kind)
         asked = {"asked": watch.asked} if kind in SAVING else {}
-        result = yield from stage(site, storage, dataset, **arguments, **asked)
+        result = yield from in_trouble_no_longer(stage(site, storage, dataset, **arguments, **asked), watch.asked)
     yield result
 
 

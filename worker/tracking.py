@@ -51,9 +51,9 @@ class _Source(DatasetSource):
 
     def load(self, **_: Any) -> Any:
         """The data set, read from where this process keeps its data (NCFM_DATA_DIR)."""
-        from ncfm_core.datasets import load_dataset  # brings torch, which the driver does without
+        from worker.data import load  # brings torch, which the driver does without
 
-        return load_dataset(self._spec, **Surroundings().data_access)
+        return load(self._spec, Surroundings().data_access)
 
     @staticmethod
     def _can_resolve(raw_source: Any) -> bool:

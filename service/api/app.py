@@ -27,17 +27,20 @@ from service.api import (
     prometheus,
     reference,
     reruns,
+    uploads,
 )
 from service.api.auth import Access
 from service.api.draining import Draining
 from service.api.guard import Guard
 from service.api.prometheus import Figures
+from service.api.sources import Sources
 from service.api.streams import Streams
 from service.api.watch import Watch
 from service.auditing import Recorder
 from service.keys import KeyRing, Keys
 from service.settings import Settings
 from service.store import Store
+from service.uploads import Uploads
 from worker.storage import Storage
 
 
@@ -72,10 +75,13 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.store, app.state.storage = store, storage
     app.state.streams = Streams(store, storage)
+    draining.on_begin(app.state.streams.close_all)
     app.state.figures, app.state.draining = figures, draining
+    app.state.taking = uploads.Taking(settings.max_upload_bytes)
+    app.state.sources = Sources(settings, Uploads(store, storage))
     for routes in (jobs, forecast, listing, following, changes, reruns, metrics_series):
         app.include_router(routes.router)
-    for routes in (artifacts, capabilities, cluster_view, audit, health, prometheus, reference):
+    for routes in (artifacts, capabilities, cluster_view, audit, uploads, health, prometheus, reference):
         app.include_router(routes.router)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(

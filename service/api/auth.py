@@ -175,7 +175,7 @@ class Buckets:
 
 def route_template(scope: RequestScope) -> str:
     """The route that served a request, as `/jobs/{id}`; `unmatched` where none did."""
-    return str(getattr(scope.get("route"), "path", "unmatched"))
+    return str(getattr(scope.get("route"), "path_format", "unmatched"))
 
 
 def _unauthorized(message: str, parameter: str) -> Unauthorized:

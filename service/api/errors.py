@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from ncfm_core.errors import NcfmError, Problem, SpecError, StorageError, shorten
+from service.archives import ArchiveRefused
 from service.database import StoreError, StoreFullError
 from service.jobs import IllegalMove
 from service.store import KeyReused
@@ -109,14 +110,42 @@ class Gone(ApiError):
 
 
 class BodyTooLarge(ApiError):
-    """The body is larger than any submission."""
+    """The body is larger than it may be."""
 
     code = "body_too_large"
     status = HTTPStatus(413)
 
 
+class RequestTimeout(ApiError):
+    """The rest of a request did not come."""
+
+    code = "request_timeout"
+    status = HTTPStatus.REQUEST_TIMEOUT
+
+
+class DigestMismatch(ApiError):
+    """The body is not the one whose sum was given."""
+
+    code = "digest_mismatch"
+    status = HTTPStatus(422)
+
+
+class Conflict(ApiError):
+    """Something else stands in the way."""
+
+    code = "conflict"
+    status = HTTPStatus.CONFLICT
+
+
+class InsufficientStorage(ApiError):
+    """There is no room."""
+
+    code = "storage_full"
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+
+
 class UnsupportedMediaType(ApiError):
-    """The body is not declared to be JSON."""
+    """The body is not declared to be what is taken here."""
 
     code = "unsupported_media_type"
     status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
@@ -138,6 +167,7 @@ class InvalidParameter(ApiError):
 
 _STATUS: Mapping[type[NcfmError], HTTPStatus] = {
     SpecError: HTTPStatus(422),
+    ArchiveRefused: HTTPStatus(422),
     IllegalMove: HTTPStatus.CONFLICT,
     KeyReused: HTTPStatus(422),
     StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,

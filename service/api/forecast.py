@@ -17,6 +17,7 @@ from service.api.context import StorageDep, StoreDep
 from service.api.envelope import split
 from service.api.models import Body
 from service.api.openapi import SUBMISSION, problems
+from service.api.sources import SourcesDep
 from service.api.submission import SubmissionDep
 from service.listing import same_data
 from service.store import Sighting, Store
@@ -78,9 +79,10 @@ class Forecast(Body):
     openapi_extra=SUBMISSION,
     summary="Try a submission",
 )
-def validate_job(document: SubmissionDep, store: StoreDep, storage: StorageDep) -> Forecast:
+def validate_job(document: SubmissionDep, store: StoreDep, storage: StorageDep, sources: SourcesDep) -> Forecast:
     """What would become of a submission. Nothing is kept."""
     _, requested = split(document)
+    sources.check(document)
     spec = resolve(requested)
     sighting = store.sighting()
     data = known_data(store, storage, spec)

@@ -79,7 +79,7 @@ class Guard:
         if site not in ("none", "same-origin"):
             return ForeignRequest.of("Sec-Fetch-Site", site, "pages of other sites may not change anything here", "")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _place(origin) != host.lower():
             return ForeignRequest.of("Origin", origin, "pages of other sites may not change anything here", "")
         return None
 
@@ -89,6 +89,14 @@ class Guard:
         except ValueError:
             return False
         return name in self._names or "*" in self._names or is_loopback(name)
+
+
+def _place(origin: str) -> str | None:
+    """Host and port of an origin; None where it is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def is_loopback(address: str) -> bool:

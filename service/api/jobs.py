@@ -15,6 +15,7 @@ from service.api.looking import JOB_PATH, IfNoneMatch, etag_of, names, show
 from service.api.models import AttemptList, JobBody
 from service.api.once import REPLAYED, IdempotencyHeader, idempotency_key
 from service.api.openapi import SUBMISSION, problems
+from service.api.sources import SourcesDep
 from service.api.submission import SubmissionDep
 from service.jobs import PRIORITY, Job, new_job_id
 from service.pulse import Pulse
@@ -43,11 +44,17 @@ MADE: dict[int | str, dict[str, Any]] = {
     summary="Submit",
 )
 def submit_job(
-    document: SubmissionDep, store: StoreDep, caller: CallerDep, response: Response, key: IdempotencyHeader = None
+    document: SubmissionDep,
+    store: StoreDep,
+    caller: CallerDep,
+    sources: SourcesDep,
+    response: Response,
+    key: IdempotencyHeader = None,
 ) -> JobBody:
     """Keep a new job. Everything left out is filled in from the preset, now and for good."""
     once = idempotency_key(key, owner=caller.owner, operation="POST /jobs", document=document)
     envelope, requested = split(document)
+    sources.check(document)
     spec = resolve(requested)
     job = Job(
         id=new_job_id(),

@@ -19,6 +19,7 @@ from service.api.jobs import MADE, answer_made
 from service.api.models import JobBody
 from service.api.once import IdempotencyHeader, idempotency_key
 from service.api.openapi import problems
+from service.api.sources import SourcesDep
 from service.api.submission import read_optional
 from service.jobs import Job, new_job_id
 from worker.records import now
@@ -59,6 +60,7 @@ def rerun_job(
     job: JobDep,
     store: StoreDep,
     caller: CallerDep,
+    sources: SourcesDep,
     response: Response,
     key: IdempotencyHeader = None,
 ) -> JobBody:
@@ -72,6 +74,7 @@ def rerun_job(
     if not isinstance(overrides, dict):
         raise SpecError.of("overrides", overrides, "not an object", 'Try {"seed": 1}.')
     requested = merge_patch(job.requested, overrides)
+    sources.check({**requested, "labels": document.get("labels")})
     spec = resolve(requested)
     new = Job(
         id=new_job_id(),

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from ncfm_core.errors import NcfmError, SpecError
-from service.cli import jobs, keys, upkeep
+from service.cli import datasets, jobs, keys, upkeep
 from service.cli.bench import bench
 from service.cli.db import db
 from service.cli.demo import demo
@@ -39,6 +39,7 @@ jobs.register(app)
 upkeep.register(app)
 app.add_typer(db, name="db")
 app.add_typer(keys.app, name="keys")
+app.add_typer(datasets.app, name="datasets")
 app.command()(demo)
 # What comes after `bench`, --help too, is for the process that it starts.
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)

@@ -1,4 +1,4 @@
-"""Commands of whoever runs the service: schema, copies, checks, and what is kept how long."""
+"""`ncfm db`: the schema. SQLAlchemy is slow to import: each command loads it for itself."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Annotated
 import typer
 
 from service.cli.terminal import as_json, results
-from service.database import open_unchecked
-from service.schema import SCHEMA, downgrade, revision_of, state_of
 from service.settings import load_settings
 
 db = typer.Typer(help="The database's schema.", no_args_is_help=True)
@@ -17,6 +15,8 @@ db = typer.Typer(help="The database's schema.", no_args_is_help=True)
 @db.command()
 def upgrade() -> None:
     """Bring the database to this release's schema; every row is kept. Make a copy before: `ncfm backup`."""
+    from service.database import open_unchecked
+
     with open_unchecked(load_settings().database) as database:
         before, after = database.upgrade()
     if before == after:
@@ -28,6 +28,9 @@ def upgrade() -> None:
 @db.command()
 def check(json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
     """Whether this release can work with the database; exit code 1 where it cannot, with the way out."""
+    from service.database import open_unchecked
+    from service.schema import SCHEMA, state_of
+
     with open_unchecked(load_settings().database) as database, database.reading() as connection:
         shown, found = database.shown_url, state_of(connection)
     if json:
@@ -46,6 +49,9 @@ def downgrade_(
     yes: Annotated[bool, typer.Option("--yes", help="What the older schema has no place for is lost: needed.")] = False,
 ) -> None:
     """Take the database back to an older release's schema. What that has no place for is lost."""
+    from service.database import open_unchecked
+    from service.schema import downgrade, revision_of
+
     if not yes:
         raise typer.BadParameter("what the older schema has no place for is lost: make a copy, then give --yes")
     with open_unchecked(load_settings().database) as database, database.writing() as connection:

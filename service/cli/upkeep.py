@@ -1,23 +1,23 @@
-"""Commands of whoever runs the service: copies, checks, and what is no longer needed. None needs a running API."""
+"""Commands of whoever runs the service: copies, checks, and what is no longer needed. None needs a running API.
+
+SQLAlchemy is slow to import: each command loads what it needs for itself.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.backup import as_document, described
-from service.backup import backup as make_backup
-from service.backup import restore as restore_backup
 from service.cli.terminal import as_json, results
-from service.database import Database, open_unchecked
-from service.doctor import examine
-from service.retention import Limits, Removed, sweep_storage, tidy
 from service.settings import load_settings
 from worker.records import now
 from worker.storage import Storage
+
+if TYPE_CHECKING:
+    from service.retention import Removed
 
 Json = Annotated[bool, typer.Option("--json", help="As one JSON object.")]
 
@@ -28,6 +28,9 @@ def backup(
     json: Json = False,
 ) -> None:
     """Copy the database into one file, also while the service runs. The storage root is copied by its own means."""
+    from service.backup import as_document, described
+    from service.backup import backup as make_backup
+
     manifest = make_backup(load_settings().database, file, overwrite=force)
     as_json(as_document(manifest)) if json else results.print(f"{file}: {described(manifest)}")
 
@@ -38,6 +41,9 @@ def restore(
     json: Json = False,
 ) -> None:
     """Put a copy in the database's place, and compare. Stop the service first; then `ncfm db upgrade` and `ncfm doctor`."""
+    from service.backup import as_document, described
+    from service.backup import restore as restore_backup
+
     manifest = restore_backup(load_settings().database, file, force=force)
     as_json(as_document(manifest)) if json else results.print(f"restored: {described(manifest)}")
 
@@ -47,6 +53,9 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Whether database, storage root and disk agree. Changes nothing; exit code 1 where something is wrong."""
+    from service.database import open_unchecked
+    from service.doctor import examine
+
     settings = load_settings()
     with open_unchecked(settings.database) as database:
         found = list(examine(database, Storage(settings.storage_url), deep=deep))
@@ -66,6 +75,9 @@ def gc(
     json: Json = False,
 ) -> None:
     """Remove what is older than NCFM_KEEP_*, and what nothing refers to. The controller does the first part every hour."""
+    from service.database import Database
+    from service.retention import Limits, sweep_storage, tidy
+
     settings = load_settings()
     storage, limits = Storage(settings.storage_url), Limits.from_settings(settings)
     with Database(settings.database) as database:

@@ -13,13 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from service.cluster import Cluster
-from service.database import open_unchecked
 from service.local import ports, probes
 from service.local.state import Home, StackError, StackState
 from service.local.supervisor import Child, Say, Supervisor
 from service.local.sweep import sweep
 from service.processes import PROCESSES, Layout, ProcessName, RayPorts, commands, environments
-from service.schema import SCHEMA
 from service.settings import Settings
 
 LOOPBACK = "127.0.0.1"
@@ -92,6 +90,9 @@ def _sweep_stale(state: StackState, say: Say) -> None:
 
 def _upgrade_database(url: str, say: Say) -> None:
     """Bring the database of an older release to this one's schema: nobody else uses it, and a copy of it stays."""
+    from service.database import open_unchecked  # SQLAlchemy is slow to import, and commands are not
+    from service.schema import SCHEMA
+
     database = open_unchecked(url)
     try:
         found = database.revision()
@@ -149,6 +150,7 @@ def lay_out(
         home=str(settings.home),
         storage=settings.storage_url,
         data_dir=str(settings.data_dir),
+        data_roots=tuple(str(root) for root in settings.data_roots or ()),
         mlflow_dir=str(settings.home / "mlflow"),
         ray_ports=RayPorts(node_ip="127.0.0.2", gcs=ports_by_name["gcs"], client=ports_by_name["client"]),
         ray_token_path=str(token),

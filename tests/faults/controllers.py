@@ -29,10 +29,10 @@ LOCAL = Actor("local")
 class Site:
     """One service without its API: the test posts and cancels jobs as the API does."""
 
-    def __init__(self, home: Path, *, lease_seconds: float = 0.5, database_url: str = "") -> None:
+    def __init__(self, home: Path, *, lease_seconds: float = 0.5, database_url: str = "", storage: str = "") -> None:
         self.home = home
         home.mkdir(parents=True, exist_ok=True)
-        self.settings = Settings(home=home, database_url=database_url)
+        self.settings = Settings(home=home, database_url=database_url, storage=storage)
         self.store = Store(self.settings.database)
         self.storage = Storage(self.settings.storage_url)
         self.ray = RayTwin(self.storage)
@@ -45,6 +45,7 @@ class Site:
         own = {
             "NCFM_HOME": str(self.home),
             "NCFM_DATABASE_URL": self.settings.database_url,
+            "NCFM_STORAGE": self.settings.storage,
             "NCFM_RAY_URL": self.ray.url,
             "NCFM_MLFLOW_URL": self.ray.url,
             "NCFM_POLL_SECONDS": "0.1",
@@ -63,14 +64,21 @@ class Site:
 
     def post(self, behaviour: Behaviour | None = None, *, cpus: int = 1) -> Job:
         """A job, acknowledged."""
-        document: dict[str, JsonValue] = DOCUMENT | {"resources": {"cpus": cpus}}
-        spec = resolve(document).document()
-        job = Job(id=new_job_id(), requested=document, spec=spec, created_at=now())
+        job = self.new_job(cpus=cpus)
         if behaviour is not None:
             self.ray.behaviours[job.id] = behaviour
-        self.store.add(job, actor=LOCAL)
-        self.acknowledged[job.id] = spec
+        self.keep(job)
         return job
+
+    def new_job(self, *, cpus: int = 1) -> Job:
+        document: dict[str, JsonValue] = DOCUMENT | {"resources": {"cpus": cpus}}
+        spec = resolve(document).document()
+        return Job(id=new_job_id(), requested=document, spec=spec, created_at=now())
+
+    def keep(self, job: Job) -> None:
+        """Hand it in; only what has been kept is acknowledged."""
+        self.store.add(job, actor=LOCAL)
+        self.acknowledged[job.id] = job.spec
 
     def job(self, job: Job) -> Job:
         found = self.store.get(job.id)

@@ -10,11 +10,13 @@ import shlex
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
+from ncfm_core.errors import StorageError
 from service.jobs import Job
 from service.testing import FakeDriver
 from worker.records import AttemptResult, attempt_path, now
@@ -199,7 +201,9 @@ class RayTwin:
                     elif driver.status == "RUNNING" and driver.options["command"] == "publish":
                         driver.end("SUCCEEDED", 0)
                     elif driver.status == "RUNNING":
-                        self.behaviours.get(driver.job.id, succeeds)(driver, self.storage)
+                        with suppress(StorageError):
+                            # It tries again, as a real driver does.
+                            self.behaviours.get(driver.job.id, succeeds)(driver, self.storage)
 
 
 def _rows(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,8 +13,7 @@ import psutil
 import pytest
 
 from service.client import Client
-from service.local.state import Home, StackState
-from service.local.sweep import find
+from service.local.state import Home
 from service.replies import Job
 
 pytestmark = pytest.mark.e2e
@@ -82,7 +81,6 @@ def test_job_recovers_and_nothing_of_the_old_head_is_left_when_it_is_killed(
 
 @pytest.mark.timeout(3600)
 def test_jobs_end_and_leave_nothing_when_they_are_cancelled_at_any_moment(
-    stack: StackState,
     stack_client: Client,
     small_job: Document,
     processes_of: Callable[[str], list[psutil.Process]],
@@ -100,5 +98,4 @@ def test_jobs_end_and_leave_nothing_when_they_are_cancelled_at_any_moment(
         until(lambda job=job: stack_client.job(job.id).state == "cancelled", CANCEL_LIMIT_S)
         until(lambda job=job: not processes_of(job.id), max(1, CANCEL_LIMIT_S - (time.monotonic() - asked_at)))
         slowest = max(slowest, time.monotonic() - asked_at)
-        assert not [each for each in find(stack.stack_id) if "ray::distill" in " ".join(each.cmdline())]
     assert slowest < CANCEL_LIMIT_S

@@ -21,7 +21,8 @@ from worker.storage import Storage
 @pytest.fixture(scope="module")
 def api_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     home: Path = tmp_path_factory.mktemp("api")
-    return Settings(home=home, port=0)
+    # No test shall wait for its allowance.
+    return Settings(home=home, port=0, rate_limit_per_minute=1_000_000)
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ DIGEST = "sha256:" + "d" * 64
 
 
 @pytest.fixture
-def fresh(tmp_path: Path) -> Iterator[TestClient]:
-    """An API without jobs."""
-    app = create_app(Settings(home=tmp_path))
+def fresh(tmp_path: Path, database_url: str) -> Iterator[TestClient]:
+    """An API without jobs, on each engine."""
+    app = create_app(Settings(home=tmp_path, database_url=database_url))
     with TestClient(app, base_url="http://127.0.0.1") as client:
         yield client
 

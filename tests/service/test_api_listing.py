@@ -12,19 +12,21 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.api import create_app
-from service.jobs import State, result_of
+from service.jobs import Job, Progress, State, result_of
+from service.pulse import Pulse, pulses
 from service.settings import Settings
 from service.store import Store
 from service.testing import FakeDriver
+from worker.records import now
 from worker.storage import Storage
 
 SMALLEST: dict[str, Any] = {"dataset": "digits", "ipc": 1}
 
 
 @pytest.fixture
-def fresh(tmp_path: Path) -> Iterator[TestClient]:
-    """An API without jobs."""
-    app = create_app(Settings(home=tmp_path))
+def fresh(tmp_path: Path, database_url: str) -> Iterator[TestClient]:
+    """An API without jobs, on each engine."""
+    app = create_app(Settings(home=tmp_path, database_url=database_url))
     with TestClient(app, base_url="http://127.0.0.1") as client:
         yield client
 
@@ -104,6 +106,18 @@ def test_list_when_the_cursor_belongs_to_other_filters_is_refused(fresh: TestCli
         assert reply.status_code == 422
         assert reply.json()["errors"][0]["field"] == "cursor"
         assert "other filters" in reply.json()["detail"]
+
+
+def test_pulses_tell_where_jobs_stand(database_url: str) -> None:
+    store = Store(database_url)
+    job = store.add(Job(id="a", requested={}, spec={}, created_at=now()))
+    progress = Progress(stage="distill", completed=1, total=2, unit="step", updated_at=now())
+    store.report(job, progress=progress)
+    found = pulses(store, ["a", "b", *map(str, range(1200))])
+    assert found == {"a": Pulse(State.QUEUED, job.version, job.event_seq, 0, progress)}
+    store.note(job, "changed", {}, deleted_at=now())
+    assert pulses(store, ["a"]) == {}
+    store.close()
 
 
 @pytest.mark.parametrize(

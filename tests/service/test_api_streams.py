@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -209,3 +215,32 @@ def test_stream_when_nothing_happens_pings(
     with client.stream("GET", f"/jobs/{job_id}/events", headers=STREAM) as reply:
         text = reply.read().decode()
     assert text.count(": ping\n\n") >= 2
+
+
+def test_streams_when_the_process_ends_are_closed_first(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    env = {**os.environ, "NCFM_HOME": str(tmp_path), "NCFM_PORT": str(port), "NCFM_HOST": "127.0.0.1"}
+    process = subprocess.Popen([sys.executable, "-m", "service.cli", "api"], env=env, stderr=subprocess.DEVNULL)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                try:
+                    client.get("/livez")
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.05)
+            job_id = submit(client)
+            with client.stream("GET", f"/jobs/{job_id}/events", headers=STREAM) as reply:
+                lines = reply.iter_lines()
+                assert next(lines) == "id: 1"
+                started = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                rest = list(lines)
+            assert not any("event: end" in line for line in rest)
+            assert process.wait(15) == 0
+            assert time.monotonic() - started < 5
+    finally:
+        process.kill()
+        process.wait()

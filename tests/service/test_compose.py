@@ -30,6 +30,7 @@ CONTAINERS = Layout(
     home="/var/lib/ncfm",
     storage="/var/lib/ncfm/storage",
     data_dir="/var/lib/ncfm/data",
+    data_roots=("/var/lib/ncfm/data",),
     mlflow_dir="/var/lib/mlflow",
     public_hosts=("api",),
 )
@@ -61,6 +62,27 @@ def test_compose_gives_the_environment_of_the_embedded_stack(services: dict[str,
 def test_compose_demands_a_ray_token_when_none_is_set(services: dict[str, Any]) -> None:
     for name, variable in (("ray", "RAY_AUTH_TOKEN"), ("api", "NCFM_RAY_TOKEN"), ("controller", "NCFM_RAY_TOKEN")):
         assert services[name]["environment"][variable].startswith("${RAY_AUTH_TOKEN:?")
+
+
+def test_compose_has_ray_ask_for_its_token(services: dict[str, Any]) -> None:
+    assert services["ray"]["environment"]["RAY_AUTH_MODE"] == "token"
+    # Whoever starts a head in these images by hand is not left open either.
+    text = (ROOT / "deploy" / "Dockerfile.worker").read_text()
+    assert "RAY_AUTH_MODE=token" in text
+
+
+def test_compose_lets_mlflow_answer_to_its_names_alone(services: dict[str, Any]) -> None:
+    command = services["mlflow"]["command"]
+    hosts = command[command.index("--allowed-hosts") + 1].split(",")
+
+    assert set(hosts) == {"mlflow:5000", "localhost:*", "127.0.0.1:*"}
+
+
+def test_compose_reaches_the_api_with_a_key_alone(services: dict[str, Any]) -> None:
+    environment = services["api"]["environment"]
+
+    assert "NCFM_AUTH" not in environment and environment["NCFM_PUBLIC_HOSTS"] == "api"
+    assert environment["NCFM_DATA_ROOTS"] == services["ray"]["environment"]["NCFM_DATA_ROOTS"]
 
 
 def test_compose_publishes_on_this_machine_only(services: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 from ncfm_core.errors import StorageError
 from service.cluster import RayJob
 from service.controller.crash_points import POINTS, UnknownCrashPoint, arm, reached
+from service.controller.looking import QUEUE_WINDOW
 from service.controller.loop import MAX_WAITS
 from service.jobs import CancelRequest, Event, Job, Reason, State
-from tests.service.world import World
+from tests.service.world import POLICY, World
 from worker.records import AttemptResult, StopRequest, attempt_path, now
 
 
@@ -208,6 +210,22 @@ def test_round_when_thousands_wait_tells_few_at_a_time_and_each_once(world: Worl
     events = [event for job in jobs for event in world.store.events(job.id, after=0, limit=99)]
     assert len([event for event in events if event.type == "waiting"]) == len(jobs)
     assert world.cluster.find(f"{running.id}-1") == RayJob("RUNNING", "", None)
+
+
+def test_round_when_one_owner_fills_the_window_lets_another_pass(world: World) -> None:
+    world.cluster.cpus = 100
+    controller, _ = world.rival("only", policy=replace(POLICY, max_running_per_owner=1))
+    first = world.submit(owner="ann")
+    controller._turn(0, None)
+    assert world.job(first).state is State.STARTING
+    theirs = [world.submit(owner="ann") for _ in range(QUEUE_WINDOW + 5)]
+    other = world.submit(owner="bob")
+    urgent = world.submit(owner="eve", priority=100)
+    controller._turn(0, None)
+    assert world.job(other).state is world.job(urgent).state is State.STARTING
+    told = [world.job(job) for job in theirs]
+    assert {job.state for job in told} == {State.QUEUED}
+    assert sum(job.reason is Reason.OWNER_LIMIT for job in told) == MAX_WAITS
 
 
 def test_crash_point_when_unknown_is_refused_and_when_not_armed_is_nothing() -> None:

@@ -42,6 +42,22 @@ def test_everything_stays_on_loopback_when_laid_out(layout: Layout) -> None:
     assert "NCFM_PUBLIC_HOSTS" not in environments(layout)["api"]
 
 
+def test_mlflow_answers_to_this_machine_alone_when_laid_out(layout: Layout) -> None:
+    command = commands(layout)["mlflow"]
+
+    assert option(command, "--host") == "127.0.0.1"
+    assert option(command, "--allowed-hosts") == "localhost:*,127.0.0.1:*"
+
+
+def test_roots_of_data_reach_service_and_drivers_when_set(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, data_roots=(Path("/a"), Path("/b")))
+
+    layout = lay_out(settings, PORTS, token=tmp_path, ray_tmpdir=tmp_path, num_cpus=None)
+
+    assert {environments(layout)[name].get("NCFM_DATA_ROOTS") for name in ("api", "ray", "controller")} == {"/a,/b"}
+    assert "NCFM_DATA_ROOTS" not in environments(replace(layout, data_roots=()))["ray"]
+
+
 def test_ray_takes_all_cpus_when_no_number_is_given(layout: Layout) -> None:
     assert "--num-cpus" not in commands(replace(layout, num_cpus=None))["ray"]
 

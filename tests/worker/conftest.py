@@ -120,14 +120,15 @@ class InProcess:
 
     def _run(self, kind: str, site: Site, arguments: dict[str, Any]) -> Iterator[Any]:
         from worker import stages
-        from worker.stopping import StopWatch
+        from worker.stopping import StopWatch, in_trouble_no_longer
         from worker.tasks import SAVING, STARTED
 
         yield STARTED
         storage = Storage(site.storage_url)
         with StopWatch(storage, site.job_id, site.attempt) as watch:
             asked = {"asked": watch.now} if kind in SAVING else {}
-            yield (yield from getattr(stages, kind)(site, storage, self.data, **arguments, **asked))
+            stage = getattr(stages, kind)(site, storage, self.data, **arguments, **asked)
+            yield (yield from in_trouble_no_longer(stage, watch.now))
 
     def events(self, task: Any) -> Iterator[Any]:
         self.before(self._labels[id(task)])

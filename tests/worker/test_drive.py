@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -82,6 +83,24 @@ def driver(storage: Storage, in_process: InProcess) -> Driver:
     return Driver(storage)
 
 
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps what the first job left, for the tests after the first that asks for it."""
+    return tmp_path_factory.mktemp("shelf") / "storage"
+
+
+@pytest.fixture
+def after_first(driver: Driver, in_process: InProcess, spec: JobSpec, shelf: Path) -> Driver:
+    """A driver on a storage root where a job `first` has left all of its results."""
+    if shelf.exists():
+        shutil.copytree(shelf, driver.storage.url, dirs_exist_ok=True)
+    else:
+        driver(spec, job_id="first")
+        shutil.copytree(driver.storage.url, shelf)
+    in_process.started.clear()
+    return driver
+
+
 def at_turn(in_process: InProcess, label: str, turn: int, do: Callable[[], object]) -> None:
     """Have something happen before a task's nth turn."""
     turns = 0
@@ -110,9 +129,11 @@ def test_attempt_that_succeeds_names_its_results_and_leaves_no_checkpoint(driver
 
 
 def test_stopped_attempt_saves_itself_and_goes_on_to_the_same_bits(
-    driver: Driver, in_process: InProcess, spec: JobSpec, changed: Change
+    after_first: Driver, in_process: InProcess, spec: JobSpec
 ) -> None:
-    undisturbed = driver(spec, job_id="U")
+    driver = after_first
+    undisturbed = driver.storage.get_record(attempt_path("first", 1, "result.json"), AttemptResult)
+    assert undisturbed is not None
     for result in driver.results("distill") + driver.results("publish") + driver.results("evaluate"):
         driver.storage.delete([result_path(result.key)])
     at_turn(in_process, "distill", 6, lambda: ask(driver.storage, 1, checkpoint=True))
@@ -124,7 +145,7 @@ def test_stopped_attempt_saves_itself_and_goes_on_to_the_same_bits(
     in_process.before = lambda label: None
     again = driver(spec, 2)
     assert again.figures == undisturbed.figures
-    assert driver.images("J") == driver.images("U")
+    assert driver.images("J") == driver.images("first")
     assert driver.results("distill")[0].figures["steps"] == 60
 
 
@@ -221,9 +242,9 @@ def test_time_that_is_over_before_the_first_step_is_the_users(
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_damaged_result_is_built_again_by_the_job_that_meets_it(
-    driver: Driver, in_process: InProcess, spec: JobSpec, changed: Change, damage: str
+    after_first: Driver, in_process: InProcess, changed: Change, damage: str
 ) -> None:
-    driver(spec, job_id="first")
+    driver = after_first
     teacher = driver.results("teachers")[0]
     path = next(file.path for file in teacher.files if file.name == "weights.safetensors")
     data = driver.storage.get(path)
@@ -231,7 +252,6 @@ def test_damaged_result_is_built_again_by_the_job_that_meets_it(
     driver.storage.delete([path])
     if damage != "gone":
         driver.storage.put(path, data[:-1] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
-    in_process.started.clear()
     result = driver(changed(seed=1))
     assert result.outcome == "succeeded"
     assert any("is built again: a committed file is" in warning and path in warning for warning in result.warnings)
@@ -240,12 +260,13 @@ def test_damaged_result_is_built_again_by_the_job_that_meets_it(
     assert driver.storage.list("damaged") == [damaged_path(teacher.key, 1)]
 
 
-def test_damaged_set_is_built_again_when_it_is_published(driver: Driver, in_process: InProcess, spec: JobSpec) -> None:
-    driver(spec, job_id="first")
+def test_damaged_set_is_built_again_when_it_is_published(
+    after_first: Driver, in_process: InProcess, spec: JobSpec
+) -> None:
+    driver = after_first
     (published,) = driver.results("publish")
     file = next(each for each in published.files if each.name == "distilled/README.md")
     driver.storage.put(file.path, b"x" * file.size)
-    in_process.started.clear()
     result = driver(spec)
     assert result.outcome == "succeeded"
     assert in_process.started == ["publish"]
@@ -253,14 +274,13 @@ def test_damaged_set_is_built_again_when_it_is_published(driver: Driver, in_proc
 
 
 def test_wait_for_another_jobs_build_is_shown_and_ends_with_the_builder(
-    driver: Driver, in_process: InProcess, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+    after_first: Driver, in_process: InProcess, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The builder dies: its reservation goes with it, and who waited builds."""
-    from worker.plan import plan
-
-    key = str(plan(spec, driver(spec, job_id="first").data["digest"]).distill.key)  # type: ignore[index, arg-type]
-    driver.storage.delete([result_path(each.key) for each in driver.results("distill")])
-    in_process.held[key] = "other-job-2"
+    driver = after_first
+    (made,) = driver.results("distill")
+    driver.storage.delete([result_path(made.key)])
+    in_process.held[made.key] = "other-job-2"
     seen: list[str] = []
 
     def die_after_a_while(asked: str) -> str | None:
@@ -335,3 +355,19 @@ def test_job_that_finds_no_room_can_be_tried_again(
     assert result.error is not None and result.error.code == "storage_full"
     full.is_full, in_process.before = False, lambda label: None
     assert driver(spec, 2).outcome == "succeeded"
+
+
+def test_job_that_waits_for_room_can_be_stopped(
+    driver: Driver, in_process: InProcess, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "ROOM_POLL_S", 0.01)
+    full = Full(monkeypatch, "objects")
+
+    def before(label: str) -> None:
+        full.is_full = label == "distill"
+        if full.refused == 20:
+            ask(driver.storage, 1, checkpoint=True)
+
+    in_process.before = before
+    assert driver(spec).outcome == "stopped"
+    assert full.refused < 100

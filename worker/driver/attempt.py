@@ -117,14 +117,14 @@ class Attempt:
             LimitError: the wall time is over, and the distillation has not begun.
         """
         self._watch.check()
-        if self._site_is_late() and not self._has_something():
+        if self._is_late() and not self._has_something():
             raise self._too_late()
 
     def asked(self) -> StopRequest | None:
         """The request to stop, if there is one."""
         return self._watch.now()
 
-    def _site_is_late(self) -> bool:
+    def _is_late(self) -> bool:
         deadline = self._job.deadline
         return deadline is not None and time.time() >= deadline
 

@@ -7,11 +7,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pydantic import JsonValue
 
-from ncfm_core.errors import StorageError
+from ncfm_core.errors import StorageError, StorageFullError
 from ncfm_core.progress import Progress
 from worker.records import STAGES, AttemptStatus, StageName, attempt_path, now
 from worker.storage import Storage
@@ -23,6 +24,9 @@ EVERY_S = 1.0
 HEARTBEAT_S = 2.0
 """Between two writes while nothing does."""
 STOP_WAIT_S = 5.0
+RESERVE_BYTES = 65_536
+"""Kept for the status of an attempt whose storage is full."""
+RESERVE_AGAIN_S = 10.0
 
 
 @dataclass(slots=True)
@@ -159,7 +163,9 @@ class StatusWriter:
         """
         self._board, self._storage, self._also = board, storage, also
         self._path = attempt_path(board.job_id, board.attempt, "status.json")
-        self._is_failing = False
+        self._reserve = attempt_path(board.job_id, board.attempt, "reserve")
+        self._is_failing = self._is_reserved = False
+        self._reserve_tried_at = float("-inf")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
 
@@ -171,6 +177,8 @@ class StatusWriter:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(STOP_WAIT_S)
+        with suppress(StorageError):
+            self._storage.delete([self._reserve])
 
     def _run(self) -> None:
         written, written_at = self._board.status(), time.monotonic()
@@ -184,10 +192,26 @@ class StatusWriter:
 
     def _write(self, status: AttemptStatus) -> None:
         try:
-            self._storage.put_record(self._path, status)
+            self._put(status)
             self._is_failing = False
         except StorageError as error:
             if not self._is_failing:
                 log.warning("the status cannot be written: %s", error)
             self._is_failing = True
         self._also()
+
+    def _put(self, status: AttemptStatus) -> None:
+        """Write it; in the place of the reserve where there is no other."""
+        try:
+            self._storage.put_record(self._path, status)
+        except StorageFullError:
+            if not self._is_reserved:
+                raise
+            self._is_reserved = False
+            self._storage.delete([self._reserve])
+            self._storage.put_record(self._path, status)
+        if not self._is_reserved and time.monotonic() - self._reserve_tried_at >= RESERVE_AGAIN_S:
+            self._reserve_tried_at = time.monotonic()
+            with suppress(StorageFullError):
+                self._storage.put(self._reserve, bytes(RESERVE_BYTES))
+                self._is_reserved = True

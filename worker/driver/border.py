@@ -94,7 +94,6 @@ def _attempted(attempt: Attempt, board: Board) -> tuple[AttemptResult, bool]:
         outcome = attempt.run()
         return _succeeded(board, outcome), outcome.is_published
     except StoppedError:
-        log.info("stopped as asked")
         return _result(board).model_copy(update={"outcome": "stopped"}), True
     except NcfmError as error:
         log.error("failed: %s", error)

@@ -58,6 +58,8 @@ class Observer(Protocol):
 
     def begins_again(self, build: Build) -> None: ...
 
+    def stops(self) -> None: ...
+
     def finished(self, build: Build, result: StageResult, *, cached: bool) -> None: ...
 
 
@@ -313,6 +315,7 @@ class Pool:
     def _wind_down(self) -> None:
         """Let those that can save themselves do so where that is asked for, and end the others."""
         request = self._guard.asked()
+        self._observer.stops()
         for running in list(self._running):
             saves = running.order.build.kind in SAVING and running.has_begun
             if request is None or not request.checkpoint or not saves:

@@ -44,19 +44,14 @@ def publish(
     if not surroundings.mlflow_url:
         raise SpecError.of("mlflow_url", None, "no MLflow server is named", "Set NCFM_MLFLOW_URL, or give --mlflow.")
     result = storage.get_record(attempt_path(job_id, attempt, "result.json"), AttemptResult)
-    if result is None and status is None:
-        raise SpecError.of("--attempt", attempt, "has left no result", "Name the end of its run with --status.")
+    if status is None:
+        if result is None:
+            raise SpecError.of("--attempt", attempt, "has left no result", "Name the end of its run with --status.")
+        status = RUN_STATUS[result.outcome]
     prepare_tracking()
     identity = identity_of(spec, job_id, attempt)
     told = _told(storage, spec, result) if result is not None else None
-    _send(
-        surroundings,
-        identity,
-        told,
-        spec=spec,
-        result=result,
-        status=status or RUN_STATUS[str(result and result.outcome)],
-    )
+    _send(surroundings, identity, told, spec=spec, result=result, status=status)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 5.0
-"""Between two lines of progress of one build."""
+"""Between two lines of progress of one build, or of one trouble."""
 
 
 class Reporter:
@@ -77,11 +77,13 @@ class Reporter:
         if not trouble.message:
             log.info("the trouble with the %s is over", trouble.topic)
             return
-        log.warning("%s", trouble.message)
         kind = (trouble.topic, trouble.message.partition(":")[0])
         if kind not in self._troubles:
             self._troubles.add(kind)
             self.board.warnings.append(trouble.message)
+        if time.monotonic() - self._logged_at.get(trouble.topic, float("-inf")) >= LOG_EVERY_S:
+            self._logged_at[trouble.topic] = time.monotonic()
+            log.warning("%s", trouble.message)
 
     def patiently(self, write: Callable[[], T], what: str) -> T:
         """Write to the storage root, and say so where it is full for a while.
@@ -115,6 +117,9 @@ class Reporter:
 
     def begins_again(self, build: Build) -> None:
         self.board.reopened(build.stage)
+
+    def stops(self) -> None:
+        self.say("stops as asked")
 
     def lost(self, build: Build, error: NcfmError) -> None:
         self.warn(f"{build.label} is begun again: {error.problems[0].message}")

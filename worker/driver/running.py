@@ -25,7 +25,7 @@ from worker.tasks import connected
 log = logging.getLogger(__name__)
 
 STAGE_SECONDS = ("teachers", "distill", "evaluate")
-KILLED_WAIT_S = 1.0
+KILLED_WAIT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

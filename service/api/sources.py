@@ -1,0 +1,80 @@
+"""What a submission may say of its data: no secrets, no path outside of what is allowed, no upload that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from pydantic import JsonValue
+
+from ncfm_core.errors import DatasetError, Problem, SpecError, shorten
+from service.api.guard import is_loopback
+from service.settings import Settings
+from service.uploads import Uploads
+from worker.locations import allowed_path, upload_id
+from worker.redaction import redact
+
+
+class Sources:
+    """Checks submissions before they are kept: what is kept is read by many, and for long."""
+
+    def __init__(self, settings: Settings, uploads: Uploads) -> None:
+        self._uploads, self._data_dir = uploads, settings.data_dir
+        self._roots = settings.data_roots
+        if self._roots is None and not is_loopback(settings.host):
+            self._roots = (settings.data_dir,)
+
+    def check(self, document: Mapping[str, JsonValue]) -> None:
+        """Refuse a submission (as it was sent, or resolved) that names data which it may not.
+
+        Raises:
+            SpecError: it names the field and the way out.
+        """
+        secrets = [
+            Problem(path, shorten(redact(text)), "holds a secret, and a spec is kept and shown to others", _NO_SECRETS)
+            for path, text in _texts(document)
+            if redact(text) != text
+        ]
+        if secrets:
+            raise SpecError(*secrets)
+        dataset = document.get("dataset")
+        uri = dataset.get("uri") if isinstance(dataset, dict) else None
+        if not isinstance(uri, str):
+            return
+        try:
+            digest = upload_id(uri)
+            if digest is None:
+                allowed_path(uri, self._data_dir, self._roots)
+        except DatasetError as error:
+            raise SpecError(*error.problems) from None
+        if digest is not None and self._uploads.get(digest) is None:
+            raise SpecError.of("dataset.uri", uri, "there is no such upload", "GET /datasets lists all.")
+
+
+_NO_SECRETS = (
+    "Leave it out: let the cluster's nodes have what they need to read the data, or upload the data (POST /datasets)."
+)
+
+
+def _sources(request: Request) -> Sources:
+    sources = request.app.state.sources
+    assert isinstance(sources, Sources)
+    return sources
+
+
+SourcesDep = Annotated[Sources, Depends(_sources)]
+
+
+def _texts(document: Mapping[str, JsonValue]) -> Iterator[tuple[str, str]]:
+    """Every text in a document, keys too, with its path. Without recursion."""
+    waiting: list[tuple[str, Any]] = [("", document)]
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting.extend((f"{path}.{key}" if path else str(key), child) for key, child in value.items())
+            yield from ((f"{path}.{redact(str(key))}".lstrip("."), str(key)) for key in value)
+        elif isinstance(value, list | tuple):
+            waiting.extend((f"{path}.{index}", child) for index, child in enumerate(value))
+        elif isinstance(value, str):
+            yield path, value

@@ -1,0 +1,190 @@
+"""Uploaded archives: spooled to a file without a name, looked into, and committed under the sha256 of their bytes.
+
+Until the commit nothing of an upload has a name, so whatever happens to the process, the system takes back what was written.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import JsonValue
+from sqlalchemy import Row, and_, insert, or_, select, update
+
+from ncfm_core.errors import NcfmError
+from service.database import Database
+from service.jobs import Job, State
+from service.store import Filter, Store
+from service.tables import uploads
+from worker.locations import UPLOAD, upload_path
+from worker.records import now
+from worker.storage import Storage
+
+LOCAL_MODE = 0o644
+"""Of an upload's file: workers of another user read it."""
+PAGE = 200
+
+
+class NoRoom(NcfmError):
+    """An upload finds no room."""
+
+    code = "storage_full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """An archive that was taken."""
+
+    id: str
+    """sha256 of its bytes, in hex."""
+    owner: str
+    name: str
+    """As it was given; for people alone."""
+    size: int
+    facts: dict[str, JsonValue]
+    """`kind`, `classes` and the rest of what was found in it (service.archives.ArchiveFacts)."""
+    created_at: datetime
+    deleted_at: datetime | None = None
+
+    @property
+    def uri(self) -> str:
+        """What a spec names it by."""
+        return UPLOAD + self.id
+
+    @property
+    def path(self) -> str:
+        return upload_path(self.id, f".{self.facts['kind']}")
+
+
+class Uploads:
+    """The uploads of one database and storage root.
+
+    Raises:
+        StoreError: by every method, when the database cannot be used.
+        StorageError: by those that touch files, when the storage root cannot be.
+    """
+
+    def __init__(self, database: Database, storage: Storage) -> None:
+        self._database, self._storage = database, storage
+        self._folder = None if "://" in storage.url else Path(storage.url) / "uploads"
+
+    def spool(self, size: int | None) -> IO[bytes]:
+        """A file without a name, where an upload of so many bytes may go.
+
+        Raises:
+            NoRoom: they are more than there is room for.
+        """
+        try:
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self._folder)
+            free = os.fstatvfs(file.fileno())
+        except OSError as error:
+            raise no_room(error) from error
+        if size is not None and size > free.f_bavail * free.f_frsize:
+            file.close()
+            raise NoRoom.of("body", f"{size} bytes", "there is no room for it", "Make room in the storage root.")
+        return file
+
+    def commit(self, upload: Upload, file: IO[bytes]) -> Upload:
+        """Keep an upload, with its bytes first; one that was deleted comes back, one that is there stays as it is."""
+        if self._storage.size(upload.path) != upload.size:
+            self._keep(upload.path, file)
+        with self._database.writing() as connection:
+            row = connection.execute(select(uploads).where(uploads.c.id == upload.id).with_for_update()).one_or_none()
+            if row is not None and row.deleted_at is None:
+                return _upload(row)
+            values = {name: getattr(upload, name) for name in uploads.c.keys()}
+            if row is None:
+                connection.execute(insert(uploads).values(values))
+            else:
+                connection.execute(update(uploads).where(uploads.c.id == upload.id).values(values))
+        return upload
+
+    def _keep(self, path: str, file: IO[bytes]) -> None:
+        file.flush()
+        if self._folder is not None:
+            try:
+                _name(file, self._folder / path.rpartition("/")[2])
+                return
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise no_room(error) from error
+                # No /proc, or a file system that cannot give a name to a nameless file: copy it.
+        file.seek(0)
+        self._storage.put_file(path, file)
+
+    def get(self, upload_id: str) -> Upload | None:
+        """An upload whose bytes are there; None where there is none, or it was deleted."""
+        with self._database.reading() as connection:
+            row = connection.execute(
+                select(uploads).where(uploads.c.id == upload_id, uploads.c.deleted_at.is_(None))
+            ).one_or_none()
+        return None if row is None else _upload(row)
+
+    def is_stored(self, upload: Upload) -> bool:
+        return self._storage.size(upload.path) == upload.size
+
+    def page(self, *, limit: int, after: str | None) -> list[Upload] | None:
+        """Uploads, newest first; those that follow one, where its id is given. None where there never was that one."""
+        query = select(uploads).where(uploads.c.deleted_at.is_(None))
+        query = query.order_by(uploads.c.created_at.desc(), uploads.c.id.desc()).limit(limit)
+        with self._database.reading() as connection:
+            if after is not None:
+                last = connection.execute(select(uploads).where(uploads.c.id == after)).one_or_none()
+                if last is None:
+                    return None
+                same = and_(uploads.c.created_at == last.created_at, uploads.c.id < after)
+                query = query.where(or_(uploads.c.created_at < last.created_at, same))
+            return [_upload(row) for row in connection.execute(query)]
+
+    def delete(self, upload: Upload) -> None:
+        """Forget an upload, then its bytes: a process that dies between the two leaves bytes that nobody names."""
+        with self._database.writing() as connection:
+            gone = update(uploads).where(uploads.c.id == upload.id).values(deleted_at=now())
+            connection.execute(gone)
+        self._storage.delete([upload.path])
+
+
+def user_of(store: Store, upload: Upload) -> Job | None:
+    """A job that has not ended and needs the upload."""
+    live = [state for state in State if not state.is_terminal]
+    before: str | None = None
+    while page := store.page(limit=PAGE, before=before, wanted=Filter(states=live, dataset="imagefolder")):
+        for job in page:
+            dataset = job.spec.get("dataset")
+            if isinstance(dataset, dict) and dataset.get("uri") == upload.uri:
+                return job
+        before = page[-1].id
+    return None
+
+
+def no_room(error: OSError) -> NoRoom:
+    """What the storage root says when it takes no more."""
+    hint = "Make room in the storage root (NCFM_STORAGE), or in the folder of temporary files."
+    return NoRoom.of("body", None, f"it cannot be written: {error.strerror}", hint)
+
+
+def _name(file: IO[bytes], target: Path) -> None:
+    """Give a nameless file its name, durably; nothing happens where that name is taken, since the bytes are the same."""
+    os.fchmod(file.fileno(), LOCAL_MODE)
+    os.fsync(file.fileno())
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        # A folder is named, though the path is absolute: only then does Python follow the link, which is what it takes.
+        os.link(f"/proc/self/fd/{file.fileno()}", target, src_dir_fd=folder, follow_symlinks=True)
+        os.fsync(folder)
+    except FileExistsError:
+        if target.stat().st_size != os.fstat(file.fileno()).st_size:
+            raise
+    finally:
+        os.close(folder)
+
+
+def _upload(row: Row[Any]) -> Upload:
+    return Upload(**row._asdict())
