@@ -165,7 +165,6 @@ def _open_engine(url: str) -> Engine:
             Path(str(parsed.database)).expanduser().parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(
             parsed,
-            pool_pre_ping=True,
             json_serializer=_to_json,
             json_deserializer=from_json,
             **_pool_and_timeouts(parsed),
@@ -210,6 +209,8 @@ def _pool_and_timeouts(url: URL) -> dict[str, Any]:
         "pool_size": 10,
         "max_overflow": 10,
         "pool_timeout": BUSY_TIMEOUT_MS / 1000,
+        # After a restart of the server, all of the pool's are dead.
+        "pool_pre_ping": True,
         "isolation_level": "READ COMMITTED",
         "connect_args": arguments,
     }

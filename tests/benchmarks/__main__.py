@@ -46,6 +46,7 @@ def _database(engine: str, home: Path) -> Iterator[str]:
         return
     server = Postgres(syncs=True)
     try:
+        server.take_our_priority()
         yield server.create_database()
     finally:
         server.stop()

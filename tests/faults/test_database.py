@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -26,12 +27,16 @@ from service.database import StoreError
 from service.doctor import examine
 from service.jobs import Job, new_job_id
 from service.store import IdempotencyKey, Store
+from tests.faults.checker import ClientLog
+from tests.faults.checker import check as check_everything
 from tests.postgres import Postgres
 from tests.serving import ApiProcess
 from worker.records import now
 from worker.storage import Storage
 
 pytestmark = pytest.mark.e2e
+
+Until = Callable[..., Any]
 
 SPEC = resolve({"dataset": "digits", "ipc": 1}).document()
 WRITERS = 4
@@ -44,9 +49,9 @@ from service.store import IdempotencyKey, Store
 from worker.records import now
 import json
 store, spec = Store(sys.argv[1]), json.loads(sys.argv[2])
-for n in range(10**9):
+# The last ones once more: some of them may be in doubt.
+for n in range(max(0, int(sys.argv[4]) - 20), 10**9):
     key = f"{sys.argv[3]}-{n}"
-    # In doubt after a kill: the next process sends the same keys again.
     job = Job(id=new_job_id(), requested={"seed": n}, spec=spec, created_at=now(), labels={"key": key})
     kept, _ = store.add_once(job, IdempotencyKey("local", "POST /jobs", key, "f"))
     sys.stdout.write(f"{key} {kept.id}\\n")
@@ -73,6 +78,8 @@ def check(url: str, storage: Path, acknowledged: dict[str, str]) -> None:
             assert kept[job_id].labels.get("key", key) == key
         keys = Counter(job.labels["key"] for job in kept.values() if "key" in job.labels)
         assert not [key for key, count in keys.items() if count > 1], "doubled"
+        log = ClientLog(acknowledged=dict.fromkeys(acknowledged.values()), keys=list(acknowledged.items()))
+        check_everything(store, Storage(str(storage)), log=log)
         errors = [each for each in examine(store, Storage(str(storage))) if each.level == "error"]
         assert not [each for each in errors if each.check != "disk"], errors
 
@@ -84,24 +91,28 @@ def all_jobs(store: Store) -> Iterator[Job]:
         before = page[-1].id
 
 
-def test_writers_when_killed_lose_and_double_nothing(database_url: str, tmp_path: Path, is_long: bool) -> None:
+def test_writers_when_killed_lose_and_double_nothing(
+    database_url: str, tmp_path: Path, until: Until, is_long: bool
+) -> None:
     """Processes that write to the store itself, killed at random and started again with the same keys."""
     Store(database_url).close()
     acknowledged: dict[str, str] = {}
     for _ in range(20 if is_long else 3):
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-c", WRITE, database_url, json.dumps(SPEC), f"w{n}"],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for n in range(WRITERS)
-        ]
-        time.sleep(random.uniform(2.0, 3.0))
+        logs = [tmp_path / f"acknowledged-{n}" for n in range(WRITERS)]
+        running = []
+        for log in logs:
+            known = sum(key.startswith(f"{log.name}-") for key in acknowledged)
+            command = [sys.executable, "-c", WRITE, database_url, json.dumps(SPEC), log.name, str(known)]
+            with log.open("w") as target:
+                running.append(subprocess.Popen(command, stdout=target))
+        until(lambda logs=logs: all(log.stat().st_size for log in logs), 60)
+        time.sleep(random.uniform(0.1, 0.8))
         for process in running:
             process.kill()
         for process in running:
-            said, _ = process.communicate()
+            process.wait()
+        for log in logs:
+            said = log.read_text()
             for line in said[: said.rfind("\n") + 1].splitlines():
                 key, job_id = line.split()
                 assert acknowledged.setdefault(key, job_id) == job_id, "one key has two jobs"

@@ -59,12 +59,14 @@ class AwayStorage(Storage):
 class Service(RuleBasedStateMachine):
     """What clients were told, and what drivers there are."""
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(count=st.integers(2, 4))
+    def begin(self, count: int) -> None:
+        """Some jobs run, and more wait."""
         self.folder = tempfile.TemporaryDirectory(prefix="ncfm-machine-")
         self.world = World(Path(self.folder.name))
         self.storage = AwayStorage(self.world.settings.storage_url)
         self.world.storage = self.storage
+        self.world.cluster.cpus = 3.0
         self.world.restarted()
         self.client = TestClient(create_app(self.world.settings), base_url="http://127.0.0.1")
         self.client.__enter__()
@@ -74,10 +76,15 @@ class Service(RuleBasedStateMachine):
         self.deleted: set[str] = set()
         self.forgotten: set[str] = set()
         """Drivers that live on though the cluster that started them is gone."""
+        for number in range(count):
+            self.submit(number + 10, priority=50, is_huge=False)
+        self.go_on(3, 3)
+        for name in self._drivers()[:1]:
+            self._drive(name, "beat")
 
     # Clients
 
-    @rule(number=st.integers(0, 5), priority=st.integers(0, 100), is_huge=st.booleans())
+    @rule(number=st.integers(0, 3), priority=st.integers(0, 100), is_huge=st.booleans())
     def submit(self, number: int, priority: int, is_huge: bool) -> None:
         """A key may come again, with the same body or another one."""
         key = f"key-{number}"
@@ -141,6 +148,12 @@ class Service(RuleBasedStateMachine):
 
     # Time
 
+    @rule(seconds=st.integers(0, 6), rounds=st.integers(1, 4))
+    def go_on_for_a_while(self, seconds: int, rounds: int) -> None:
+        """With all that is away back, since else most runs would stand still."""
+        self.cut_off(False, False)
+        self.go_on(seconds, rounds)
+
     @rule(seconds=st.integers(0, 12), rounds=st.integers(1, 4))
     def go_on(self, seconds: int, rounds: int) -> None:
         for _ in range(rounds):
@@ -156,10 +169,28 @@ class Service(RuleBasedStateMachine):
     def drive(self, number: int, does: str) -> None:
         """A driver says something, or ends without a word. What it says reaches the storage root, whatever we see of that."""
         drivers = self._drivers()
+        if not drivers:
+            return
         name = drivers[number % len(drivers)]
         is_away, self.storage.is_away = self.storage.is_away, False
         self._drive(name, does)
         self.storage.is_away = is_away
+
+    @precondition(lambda self: self._drivers())
+    @rule(number=NUMBER, does=st.sampled_from(["beat", "succeed", "die", "fail_for_now"]))
+    def drive_and_see(self, number: int, does: str) -> None:
+        self.drive(number, does)
+        self.go_on_for_a_while(2, 3)
+
+    @precondition(lambda self: self._drivers())
+    @rule(number=NUMBER, mode=st.sampled_from(["graceful", "force"]), does=st.sampled_from(["beat", "succeed", "die"]))
+    def cancel_and_drive(self, number: int, mode: str, does: str) -> None:
+        """The end that was asked for, and the one that comes by itself."""
+        self.drive(number, "beat")
+        if not (drivers := self._drivers()):
+            return
+        self.cancel(sorted(self.specs).index(drivers[number % len(drivers)].rpartition("-")[0]), mode)
+        self.drive(number, does)
 
     def _drive(self, name: str, does: str) -> None:
         cluster = self.world.cluster
@@ -180,6 +211,9 @@ class Service(RuleBasedStateMachine):
         self.forgotten.discard(name)
         if name in cluster.jobs:
             cluster.end(name, "SUCCEEDED" if code == 0 else "FAILED", exit_code=code)
+        # Before and after the controller has seen it.
+        if self.world.seconds % 2 < 1:
+            self.world.controller.round()
 
     @rule(number=NUMBER, code=st.sampled_from([0, 1]))
     def publish(self, number: int, code: int) -> None:
@@ -191,29 +225,22 @@ class Service(RuleBasedStateMachine):
 
     # Faults
 
-    @rule()
-    def restart_controller(self) -> None:
-        self.world.restarted()
+    @rule(what=st.sampled_from(["controller", "api", "cluster"]))
+    def restart(self, what: str) -> None:
+        if what == "controller":
+            self.world.restarted()
+        elif what == "api":
+            self.client.__exit__(None, None, None)
+            self.client = TestClient(create_app(self.world.settings), base_url="http://127.0.0.1")
+            self.client.__enter__()
+        else:
+            # A new head that knows nothing; the old one's drivers may go on for a while.
+            self.forgotten |= set(self._drivers())
+            self.world.cluster.restart()
 
-    @rule()
-    def restart_cluster(self) -> None:
-        """A new head that knows nothing; the old one's drivers may go on for a while."""
-        self.forgotten |= {name for name in self._drivers() if self.world.cluster.jobs.get(name) is not None}
-        self.world.cluster.restart()
-
-    @rule(is_away=st.booleans())
-    def cut_off_ray(self, is_away: bool) -> None:
-        self.world.cluster.is_away = is_away
-
-    @rule(is_away=st.booleans())
-    def cut_off_storage(self, is_away: bool) -> None:
-        self.storage.is_away = is_away
-
-    @rule()
-    def restart_api(self) -> None:
-        self.client.__exit__(None, None, None)
-        self.client = TestClient(create_app(self.world.settings), base_url="http://127.0.0.1")
-        self.client.__enter__()
+    @rule(ray=st.booleans(), storage=st.booleans())
+    def cut_off(self, ray: bool, storage: bool) -> None:
+        self.world.cluster.is_away, self.storage.is_away = ray, storage
 
     # The end
 
@@ -246,6 +273,10 @@ class Service(RuleBasedStateMachine):
                 else:
                     self._drive(name, "succeed")
             self.publish(0, 0)
+            for job in map(self._stored, self.specs):
+                if job.publish_at is not None and job.publication == "pending":
+                    # The one pause that is counted by the clock on the wall.
+                    self.world.store.report(job, publish_at=None)
             self.world.controller.round()
             self.world.seconds += 6
             if not self._unfinished():
