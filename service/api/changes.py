@@ -16,6 +16,7 @@ from service.api.errors import NotFound, NotReady
 from service.api.looking import JOB_PATH, IfMatch, check_match, etag_of, show
 from service.api.models import JobBody
 from service.api.openapi import problems
+from service.api.sources import SourcesDep
 from service.api.submission import read_optional, read_submission
 from service.jobs import CancelRequest, Job, Reason, State, cancel_move
 from service.store import Actor, Store
@@ -156,6 +157,7 @@ def change_job(
     job: JobDep,
     store: StoreDep,
     caller: CallerDep,
+    sources: SourcesDep,
     response: Response,
     if_match: IfMatch = None,
 ) -> JobBody:
@@ -165,6 +167,7 @@ def change_job(
     if unknown:
         known = tuple(ENVELOPE_SCHEMA)
         raise SpecError(*(Problem(key, "", "cannot be changed", nearest(key, known)) for key in unknown))
+    sources.check(document)
     envelope = read_envelope(document, may_remove=True)
 
     def change(current: Job) -> Job | None:

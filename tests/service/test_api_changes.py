@@ -130,6 +130,19 @@ def test_change_when_not_legal_names_the_field(client: httpx.Client, body: Any, 
     assert (reply.status_code, fields(reply)) == (422, [field])
 
 
+def test_change_when_a_label_holds_a_secret_is_refused(client: httpx.Client) -> None:
+    job_id = submit(client)
+    labels = {"from": "https://ann:hunter2@host/data.tar"}
+    for refused in (
+        client.patch(f"/jobs/{job_id}", json={"labels": labels}),
+        client.post(f"/jobs/{job_id}/rerun", json={"labels": labels}),
+        client.post("/jobs", json=SMALLEST | {"labels": labels}),
+    ):
+        assert refused.status_code == 422
+        assert fields(refused) == ["labels.from"]
+        assert "hunter2" not in refused.text
+
+
 def test_change_when_the_job_was_changed_since_is_refused(client: httpx.Client) -> None:
     job_id = submit(client)
     etag = client.get(f"/jobs/{job_id}").headers["ETag"]

@@ -21,8 +21,7 @@ from worker.driver.board import Board, StatusWriter
 from worker.driver.live import CLOSE_WAIT_S, RUN_STATUS, Tracker
 from worker.driver.log import DriverLog
 from worker.driver.reporter import Reporter
-from worker.leftovers import checkpoints_of
-from worker.records import AttemptResult, ErrorRecord, attempt_path, now, spec_path
+from worker.records import AttemptResult, ErrorRecord, attempt_path, checkpoint_root, now, spec_path
 from worker.settings import Surroundings
 from worker.stopping import StopWatch
 from worker.storage import Storage
@@ -76,7 +75,7 @@ def _closed(result: AttemptResult, tracker: Tracker, is_told: bool) -> AttemptRe
 def _drop_checkpoints(storage: Storage, job_id: str) -> None:
     """What every attempt left to go on from: nothing will."""
     try:
-        storage.delete([each.path for each in checkpoints_of(storage, job_id)])
+        storage.delete(list(storage.sizes(checkpoint_root(job_id))))
     except StorageError as error:
         log.warning("checkpoints are left behind: %s", error)
 
