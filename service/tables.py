@@ -80,6 +80,7 @@ jobs = Table(
     Column("deleted_at", UtcDateTime),
     Index("jobs_by_state", "state", "id"),
     Index("jobs_by_rank", "state", "rank", "id"),
+    Index("jobs_by_reason", "state", "reason", "rank", "id"),
     Index("jobs_by_owner", "owner", "id"),
     Index("jobs_by_publication", "publication", "publish_at"),
     Index("jobs_by_dataset", "dataset", "id"),

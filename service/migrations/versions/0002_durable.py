@@ -14,6 +14,7 @@ down_revision = "0001"
 
 INDEXES = (
     ("jobs_by_rank", "jobs", ["state", "rank", "id"]),
+    ("jobs_by_reason", "jobs", ["state", "reason", "rank", "id"]),
     ("jobs_by_owner", "jobs", ["owner", "id"]),
     ("jobs_by_publication", "jobs", ["publication", "publish_at"]),
     ("jobs_by_dataset", "jobs", ["dataset", "id"]),
