@@ -30,8 +30,8 @@ FREE_PORTS = ("--port", "0", "--mlflow-port", "0", "--ray-port", "0")
 RESTART_LIMIT_S = 60.0
 
 
-def ncfm(home: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "NCFM_HOME": str(home)}
+def ncfm(home: str | Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NCFM_HOME": str(home)} | variables
     command = [sys.executable, "-m", "service.cli", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
@@ -187,12 +187,23 @@ def test_home_is_named_when_it_cannot_be_written(tmp_path: Path) -> None:
     assert "NCFM_HOME: the folder cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_log_is_shown_and_all_is_freed_when_a_child_does_not_start(tmp_path: Path) -> None:
+def test_database_is_named_when_it_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "ncfm.db").write_text("this is no database, and long enough to be sure of it" * 100)
+
+    done = ncfm(tmp_path, "up")
+
+    assert done.returncode == 1
+    assert "NCFM_DATABASE_URL: the database cannot be used: file is not a database" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_log_is_shown_and_all_is_freed_when_a_child_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
 
-    done = ncfm(tmp_path, "up", "--port", str(port), "--mlflow-port", "0", "--ray-port", "0")
+    ports = ("--port", str(port), "--mlflow-port", "0", "--ray-port", "0")
+    done = ncfm(tmp_path, "up", *ports, NCFM_STORAGE=str(tmp_path / "file" / "storage"))
 
     assert done.returncode == 1
     assert "the process ended at once (exit code 1)" in done.stderr and "The end of its log" in done.stderr
