@@ -14,7 +14,7 @@ from ncfm_core.errors import StorageError
 from service.database import Database
 from service.jobs import ACTIVE, State
 from service.settings import Settings
-from service.tables import audit, events, idempotency, jobs
+from service.tables import audit, events, idempotency, jobs, uploads
 from worker.records import FileRecord, StageResult
 from worker.storage import Storage
 
@@ -115,11 +115,24 @@ def sweep_storage(store: Database, storage: Storage, now: datetime, limits: Limi
                 removed.add(kind, 1, size)
                 if not dry_run:
                     storage.delete([path])
+    _sweep_uploads(store, storage, now - limits.temporary, removed, dry_run=dry_run)
     for file in temporary_files(storage, now - limits.temporary):
         removed.add("temporary files", 1, file.stat().st_size)
         if not dry_run:
             file.unlink(missing_ok=True)
     return removed
+
+
+def _sweep_uploads(store: Database, storage: Storage, before: datetime, removed: Removed, *, dry_run: bool) -> None:
+    """Archives that no upload names: left by a process that died between the bytes and the row, or the other way round."""
+    found = [entry for entry in storage.entries("uploads") if entry[2] < before]
+    with store.reading() as connection:
+        named = {str(row.id) for row in connection.execute(select(uploads.c.id).where(uploads.c.deleted_at.is_(None)))}
+    for path, size, _ in found:
+        if path.split("/")[1].partition(".")[0] not in named:
+            removed.add("uploads without a name", 1, size)
+            if not dry_run:
+                storage.delete([path])
 
 
 def temporary_files(storage: Storage, before: datetime) -> Iterator[Path]:

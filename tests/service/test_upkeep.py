@@ -20,7 +20,7 @@ from service.cli import app as cli
 from service.jobs import Job, Reason, State, new_job_id
 from service.retention import Limits, tidy
 from service.store import IdempotencyKey, Store
-from service.tables import attempts, audit, events, idempotency, jobs
+from service.tables import attempts, audit, events, idempotency, jobs, uploads
 from service.testing import FakeDriver
 from tests.postgres import Postgres
 from worker.records import StageResult, now
@@ -280,6 +280,13 @@ def test_gc_when_things_are_old_removes_them_and_nothing_else(
         storage.put(name, b"o")
         age_file(tmp_path / "storage" / name, age)
     age_file(tmp_path / "storage" / kept.artifacts[0].path, 3)
+    for name, named in (("f" * 64, False), ("e" * 64, True)):
+        storage.put(f"uploads/{name}.zip", b"u")
+        age_file(tmp_path / f"storage/uploads/{name}.zip", 3)
+        if named:
+            facts = {"id": name, "owner": "local", "name": "birds", "size": 1, "facts": {}, "created_at": now()}
+            with store.writing() as connection:
+                connection.execute(insert(uploads).values(facts))
     (tmp_path / "storage/objects/half.bin#1").write_bytes(b"h")
     age_file(tmp_path / "storage/objects/half.bin#1", 3)
 
@@ -291,7 +298,8 @@ def test_gc_when_things_are_old_removes_them_and_nothing_else(
     assert {name: told[name] for name in ("events", "idempotency", "audit", "deleted jobs", "checkpoints")} == {
         "events": 3, "idempotency": 1, "audit": 1, "deleted jobs": 1, "checkpoints": 1
     }  # fmt: skip
-    assert told["unreferenced objects"] == told["temporary files"] == 1
+    assert told["unreferenced objects"] == told["temporary files"] == told["uploads without a name"] == 1
+    assert storage.list("uploads") == [f"uploads/{'e' * 64}.zip"]
     assert store.get(gone.id, deleted=True) is None
     assert storage.list(f"jobs/{gone.id}") == [] and storage.list("checkpoints") != []
     assert [(event.seq, event.data["to"]) for event in store.events(kept.id, after=0, limit=9)] == [(4, "succeeded")]
