@@ -220,7 +220,12 @@ def test_commands_follow_log_and_job(
 def test_command_when_interrupted_detaches_and_says_how_to_cancel(api: Client) -> None:
     job_id = api.submit(SMALLEST).id
     command = [sys.executable, "-m", "service.cli", "watch", job_id, "--url", api.url]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    def as_from_a_terminal() -> None:
+        # Whoever starts the tests in the background may have had them ignore it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=as_from_a_terminal) as process:
         assert process.stderr is not None
         while "queued" not in process.stderr.readline():
             pass
