@@ -24,6 +24,7 @@ from worker.history import HISTORY_FILE, History, Trouble
 from worker.patience import when_there_is_room
 from worker.plan import held_out
 from worker.records import StageResult, now, object_folder
+from worker.settings import prepare_trial
 from worker.site import Site
 from worker.storage import Storage
 from worker.tasks import Demand
@@ -88,6 +89,7 @@ def search(
                 "trial": best.index,
                 "validation_accuracy": best.accuracy(),
                 "trials": len(trials),
+                "lost": [trial.error for trial in trials if trial.error],
             },
             seconds=seconds,
             environment={"device": site.device, "threads": site.threads, "code_version": code_version()},
@@ -151,6 +153,14 @@ class _Collector(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._trial(trial).error = str(trial.get_error() or "lost")[:400]
         self._stopped.add(trial.trial_id)
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
+        """Those that never came to run say so too: Tune tells nobody of them."""
+        for trial in trials:
+            entry = self._trial(trial)
+            if trial.status == "ERROR" and not entry.error:
+                lines = str(trial.get_error() or "Ray Tune could not start it").strip().splitlines()
+                entry.error = f"lost: {lines[-1]}"[:400]
 
     def _trial(self, trial: Any) -> Trial:
         params = dict(trial.config)
@@ -228,6 +238,7 @@ def _run_trial(
     from ncfm_core.progress import finish
     from worker.building import read_pool
 
+    prepare_trial()
     search, split = spec.search, held_out(spec)
     assert search is not None and split is not None
     torch.set_num_threads(site.threads)

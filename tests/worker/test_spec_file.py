@@ -40,9 +40,9 @@ def test_stored_spec_is_read_as_it_was_resolved() -> None:
     assert load_spec("storage:jobs/J/spec.json", (), lambda: storage) == spec
 
 
-@pytest.mark.parametrize("example", ["digits.yaml", "digits-search.yaml"])
+@pytest.mark.parametrize("example", ["digits.yaml", "digits-search.yaml", "cifar10-search.yaml"])
 def test_examples_are_legal(example: str) -> None:
-    assert load(ROOT / "examples" / example).dataset.name == "digits"
+    assert load(ROOT / "examples" / example).dataset.name == example.partition("-")[0].removesuffix(".yaml")
 
 
 def test_changes_are_laid_over(smallest: Path) -> None:

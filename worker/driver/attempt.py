@@ -106,6 +106,7 @@ class Attempt:
             if searched is not None:
                 spec = best_spec(spec, search_method(searched))
                 self._reporter.say(f"the search chose {dict(search_method(searched))}")
+                self._warn_of_lost(searched)
             return self._distill_and_publish(pool, spec, facts, searched)
         except LimitError:
             raise self._too_late() from None
@@ -215,6 +216,12 @@ class Attempt:
             except DamagedError as error:
                 pool.build_again(error)
         return result
+
+    def _warn_of_lost(self, searched: StageResult) -> None:
+        """What a search chose from is less than what was asked for."""
+        lost = searched.figures.get("lost")
+        if isinstance(lost, list) and lost:
+            self._reporter.warn(f"{len(lost)} of {searched.figures['trials']} trials were lost: {lost[0]}")
 
     def _verified(self, pool: Pool, builds: Sequence[Build], results: Results) -> Results:
         """Results whose files were read: a trial that meets a damaged one would only count as a bad trial."""
