@@ -86,13 +86,15 @@ class Store(Sightings):
             url: SQLAlchemy URL.
             fence: token of the lease that every write must still hold; None for writers that need none.
         """
+        # An empty database gets its tables first, the lease's among them.
+        self.fence: int | None = None
         super().__init__(url)
         self.fence = fence
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         with super().writing() as connection:
-            if getattr(self, "fence", None) is not None:
+            if self.fence is not None:
                 check_fence(connection, self.fence)
             yield connection
 

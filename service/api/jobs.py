@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
+from pydantic import JsonValue
 from starlette.concurrency import run_in_threadpool
 
 from ncfm_core.submission import resolve
 from service.api.advice import warnings_for
-from service.api.context import CallerDep, JobDep, StoreDep, StreamsDep
+from service.api.context import Caller, CallerDep, JobDep, StoreDep, StreamsDep
 from service.api.envelope import merged, split
 from service.api.looking import JOB_PATH, IfNoneMatch, etag_of, names, show
 from service.api.models import AttemptList, JobBody
@@ -19,7 +20,7 @@ from service.api.sources import SourcesDep
 from service.api.submission import SubmissionDep
 from service.jobs import PRIORITY, Job, new_job_id
 from service.pulse import Pulse
-from service.store import Store
+from service.store import IdempotencyKey, Store
 from worker.records import now
 
 router = APIRouter(tags=["jobs"])
@@ -55,23 +56,42 @@ def submit_job(
     once = idempotency_key(key, owner=caller.owner, operation="POST /jobs", document=document)
     envelope, requested = split(document)
     sources.check(document)
+    return keep_new(
+        store,
+        caller,
+        requested,
+        once=once,
+        priority=PRIORITY if envelope.priority is None else envelope.priority,
+        labels=merged({}, envelope.labels or {}),
+        response=response,
+    )
+
+
+def keep_new(
+    store: Store,
+    caller: Caller,
+    requested: dict[str, JsonValue],
+    *,
+    once: IdempotencyKey | None,
+    priority: int,
+    labels: dict[str, str],
+    response: Response,
+    parent_id: str | None = None,
+) -> JobBody:
+    """Keep a job of a submission, unless its key has made one, and answer with the job."""
     spec = resolve(requested)
-    job = Job(
+    new = Job(
         id=new_job_id(),
         requested=requested,
         spec=spec.document(),
         warnings=warnings_for(spec, store.sighting()),
         created_at=now(),
         owner=caller.owner,
-        priority=PRIORITY if envelope.priority is None else envelope.priority,
-        labels=merged({}, envelope.labels or {}),
+        priority=priority,
+        labels=labels,
+        parent_id=parent_id,
     )
-    kept, is_new = store.add_once(job, once, actor=caller.actor)
-    return answer_made(store, kept, is_new=is_new, response=response)
-
-
-def answer_made(store: Store, job: Job, *, is_new: bool, response: Response) -> JobBody:
-    """The answer to a request that makes a job."""
+    job, is_new = store.add_once(new, once, actor=caller.actor)
     response.headers["Location"] = f"/jobs/{job.id}"
     if not is_new:
         response.headers[REPLAYED] = "true"

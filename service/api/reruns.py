@@ -10,19 +10,15 @@ from pydantic import JsonValue
 
 from ncfm_core.catalog import nearest
 from ncfm_core.errors import Problem, SpecError
-from ncfm_core.submission import resolve
-from service.api.advice import warnings_for
 from service.api.changes import document_body
 from service.api.context import CallerDep, JobDep, StoreDep
 from service.api.envelope import ENVELOPE_SCHEMA, merged, read_envelope
-from service.api.jobs import MADE, answer_made
+from service.api.jobs import MADE, keep_new
 from service.api.models import JobBody
 from service.api.once import IdempotencyHeader, idempotency_key
 from service.api.openapi import problems
 from service.api.sources import SourcesDep
 from service.api.submission import read_optional
-from service.jobs import Job, new_job_id
-from worker.records import now
 
 router = APIRouter(tags=["jobs"])
 
@@ -75,20 +71,16 @@ def rerun_job(
         raise SpecError.of("overrides", overrides, "not an object", 'Try {"seed": 1}.')
     requested = merge_patch(job.requested, overrides)
     sources.check({**requested, "labels": document.get("labels")})
-    spec = resolve(requested)
-    new = Job(
-        id=new_job_id(),
-        requested=requested,
-        spec=spec.document(),
-        warnings=warnings_for(spec, store.sighting()),
-        created_at=now(),
-        owner=caller.owner,
+    return keep_new(
+        store,
+        caller,
+        requested,
+        once=once,
         priority=job.priority if envelope.priority is None else envelope.priority,
         labels=job.labels if envelope.labels is None else merged({}, envelope.labels),
+        response=response,
         parent_id=job.id,
     )
-    kept, is_new = store.add_once(new, once, actor=caller.actor)
-    return answer_made(store, kept, is_new=is_new, response=response)
 
 
 def merge_patch(
