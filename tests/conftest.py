@@ -28,6 +28,7 @@ POLL_S = 0.05
 T = TypeVar("T")
 Launch = Callable[..., subprocess.Popen[bytes]]
 Until = Callable[..., Any]
+SmallDisk = Callable[[str], Path]
 Document = dict[str, Any]
 
 
@@ -65,6 +66,22 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/deep/er/ncfm.db"
     server: Postgres = request.getfixturevalue("postgres")
     return server.create_database()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """Mounts a file system of a size, such as `512k`; it needs root, and can be made larger by mounting it anew."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("a small file system can be mounted by root alone")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "--lazy", str(folder)], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="session")

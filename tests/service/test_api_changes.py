@@ -7,8 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from service.jobs import Job, Reason, State
+from service.jobs import Reason, State
 from service.store import Store
+from tests.service.world import move
 
 SMALLEST: dict[str, Any] = {"dataset": "digits", "ipc": 1}
 
@@ -18,16 +19,6 @@ def submit(client: httpx.Client, **more: Any) -> str:
     assert reply.status_code == 201, reply.text
     made: str = reply.json()["id"]
     return made
-
-
-def move(store: Store, job_id: str, *states: State, **changes: Any) -> Job:
-    job = store.get(job_id)
-    assert job is not None
-    for state in states:
-        moved = store.move(job, state, attempt=1, **changes)
-        assert moved is not None
-        job = moved
-    return job
 
 
 def fields(reply: httpx.Response) -> list[str]:

@@ -12,6 +12,7 @@ from ncfm_core.submission import resolve
 from service.jobs import Job, Progress, Reason, State, result_of
 from service.store import Sighting, Store
 from service.testing import FakeDriver
+from tests.service.world import move as move_job
 from worker.records import attempt_path, now
 from worker.storage import Storage
 
@@ -32,12 +33,7 @@ def stored(store: Store, body: dict[str, Any]) -> Job:
 
 
 def move(store: Store, body: dict[str, Any], *states: State, **changes: object) -> Job:
-    job = stored(store, body)
-    for state in states:
-        moved = store.move(job, state, attempt=1, **changes)  # type: ignore[arg-type]
-        assert moved is not None
-        job = moved
-    return job
+    return move_job(store, body["id"], *states, **changes)
 
 
 def test_submit_when_smallest_answers_with_the_whole_job(client: httpx.Client) -> None:

@@ -20,8 +20,9 @@ import pytest
 
 from service.api import sse
 from service.api.streams import Streams
-from service.jobs import Job, Progress, State
+from service.jobs import Progress, State
 from service.store import Store
+from tests.service.world import move
 from worker.records import attempt_path, now
 from worker.storage import Storage
 
@@ -33,16 +34,6 @@ Message = dict[str, str]
 def submit(client: httpx.Client) -> str:
     made: str = client.post("/jobs", json=SMALLEST).json()["id"]
     return made
-
-
-def move(store: Store, job_id: str, *states: State, **changes: Any) -> Job:
-    job = store.get(job_id)
-    assert job is not None
-    for state in states:
-        moved = store.move(job, state, **{"attempt": 1} | changes)
-        assert moved is not None
-        job = moved
-    return job
 
 
 def messages(reply: httpx.Response) -> Iterator[Message]:

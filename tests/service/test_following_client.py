@@ -17,10 +17,10 @@ import pytest
 from service.cli import app as cli
 from service.client import Client, ClientError, ServiceAway
 from service.connection import NotNow
-from service.jobs import Job as StoredJob
 from service.jobs import Progress, Reason, State
 from service.messages import Message, parse
 from service.store import Store
+from tests.service.world import move
 from worker.records import attempt_path
 from worker.storage import Storage
 
@@ -48,16 +48,6 @@ def ncfm(
         return left.value.code if isinstance(left.value.code, int) else 0, said.out, said.err
 
     return run
-
-
-def move(store: Store, job_id: str, *states: State, **changes: Any) -> StoredJob:
-    job = store.get(job_id)
-    assert job is not None
-    for state in states:
-        moved = store.move(job, state, **{"attempt": 1} | changes)
-        assert moved is not None
-        job = moved
-    return job
 
 
 def later(seconds: float, work: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -22,6 +23,17 @@ from worker.storage import Storage
 DOCUMENT: dict[str, JsonValue] = {"dataset": "digits", "ipc": 1, "resources": {"cpus": 2}}
 SPEC = resolve(DOCUMENT).document()
 POLICY = Policy(max_running_jobs=4, max_infra_retries=2, first_backoff_s=0.0)
+
+
+def move(store: Store, job_id: str, *states: State, **changes: Any) -> Job:
+    """Move a stored job through states, as its first attempt unless said."""
+    job = store.get(job_id)
+    assert job is not None
+    for state in states:
+        moved = store.move(job, state, **{"attempt": 1} | changes)
+        assert moved is not None
+        job = moved
+    return job
 
 
 class World:
