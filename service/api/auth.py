@@ -28,7 +28,7 @@ OPEN = frozenset({"/", "/livez", "/readyz", "/openapi.json", "/docs"})
 MAX_BUCKETS = 10_000
 DRAIN_RETRY_S = 5
 ANYBODY = Caller(LOCAL, frozenset(SCOPES))
-_MAKE_ONE = "Send `Authorization: Bearer ncfm_...` (NCFM_API_KEY for the command line); `ncfm keys create` makes a key."
+_MAKE_ONE = "Send a key as bearer token in this header (the command line: NCFM_API_KEY); `ncfm keys create` makes one."
 
 
 class Access:

@@ -9,7 +9,9 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from ncfm_core.catalog import nearest
 from ncfm_core.errors import Problem, SpecError, shorten
+from ncfm_core.spec import JobSpec
 
 MAX_PRIORITY = 100
 MAX_LABELS = 32
@@ -55,6 +57,12 @@ def split(document: Mapping[str, JsonValue]) -> tuple[Envelope, dict[str, JsonVa
         SpecError: the envelope is not legal.
     """
     rest = {key: value for key, value in document.items() if key not in ENVELOPE_SCHEMA}
+    # The spec would not know what it is near to.
+    known = (*JobSpec.model_fields, *ENVELOPE_SCHEMA)
+    hints = {key: nearest(key.lower(), known) for key in rest if key not in known}
+    near = {key: hint for key, hint in hints.items() if hint.endswith(tuple(f"{name!r}?" for name in ENVELOPE_SCHEMA))}
+    if near:
+        raise SpecError(*(Problem(key, "", "unknown key", hint) for key, hint in near.items()))
     return read_envelope(document), rest
 
 

@@ -92,3 +92,11 @@ def test_submit_when_the_envelope_is_not_legal_names_the_field(
     assert (reply.status_code, reply.json()["code"]) == (422, "invalid_spec")
     assert [error["field"] for error in reply.json()["errors"]] == [field]
     assert reply.json()["errors"][0]["hint"]
+
+
+@pytest.mark.parametrize(("key", "meant"), [("priorty", "priority"), ("Label", "labels"), ("limit", "limits")])
+def test_submit_when_a_key_is_misspelt_says_what_was_meant(client: httpx.Client, key: str, meant: str) -> None:
+    refused = client.post("/jobs", json={"dataset": "digits", "ipc": 1, key: 1})
+    (error,) = refused.json()["errors"]
+    assert (refused.status_code, error["field"]) == (422, key)
+    assert error["hint"] == f"Did you mean '{meant}'?"
