@@ -19,6 +19,7 @@ from zipstream import ZipStream
 from ncfm_core.errors import Problem, StorageError, shorten
 from service.api.context import JobDep, StorageDep
 from service.api.errors import Gone, NotFound, NotReady, RangeNotSatisfiable
+from service.api.looking import names
 from service.api.models import Artifact, ArtifactList
 from service.api.openapi import problems
 from service.jobs import Job
@@ -86,7 +87,7 @@ def get_artifact(job: JobDep, path: str, storage: StorageDep, request: Request) 
         raise NotFound(Problem("path", shorten(path), "the job has no such artifact", hint))
     etag = f'"{file.sha256}"'
     headers = {"ETag": etag, "Accept-Ranges": "bytes", "Cache-Control": "private, max-age=31536000, immutable"}
-    if _names(request.headers.get("if-none-match", ""), etag):
+    if names(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     _check_present(storage, file)
     media_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
@@ -127,10 +128,6 @@ def _verified(storage: Storage, file: FileRecord) -> Iterator[bytes]:
     if digest.hexdigest() != file.sha256:
         raise StorageError.of("storage", file.path, "a committed file is damaged", "Submit the job again.")
     yield held
-
-
-def _names(header: str, etag: str) -> bool:
-    return any(given.strip().removeprefix("W/") in (etag, "*") for given in header.split(","))
 
 
 def _range(request: Request, etag: str, file: FileRecord) -> tuple[int, int] | None:
