@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -59,6 +61,29 @@ class Site:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=CLEAN | own)
         self._processes.append(process)
         return process
+
+    def stop_between_writes(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGSTOP at a moment when it does not hold SQLite's one write lock: who is stopped with it keeps all others from writing."""
+        while True:
+            process.send_signal(signal.SIGSTOP)
+            # The signal is not carried out at once on a busy machine.
+            while _state(process.pid) != "T":
+                time.sleep(0.005)
+            if self._can_write():
+                return
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.1)
+
+    def _can_write(self) -> bool:
+        file = self.store.engine.url.database
+        assert file is not None
+        with closing(sqlite3.connect(file, timeout=0.5, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return False
+            connection.execute("ROLLBACK")
+            return True
 
     def said(self, log: str = "controller.log") -> str:
         return (self.home / log).read_text()
@@ -125,6 +150,11 @@ class Site:
             process.wait()
         self.ray.close()
         self.store.close()
+
+
+def _state(pid: int) -> str:
+    """Linux's letter for what a process does: T where it is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0]
 
 
 def state_is(site: Site, job: Job, *states: State) -> Callable[[], bool]:

@@ -40,7 +40,7 @@ def test_nothing_of_a_controller_is_applied_when_it_was_stopped_and_another_took
                 time.sleep(0.4)
 
         post_for(2 + random.random())
-        stale.send_signal(signal.SIGSTOP)
+        site.stop_between_writes(stale)
         said_before = len(site.said("stale.log"))
         site.until(lambda: "active one (fence 2)" in site.said("other.log"), LEASE_S + 10)
         taken_over = {job_id: len(site.store.attempts(job_id)) for job_id in site.acknowledged}
