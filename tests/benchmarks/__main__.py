@@ -58,13 +58,20 @@ def _shown(run: Run) -> Figures:
 
 def post(home: Path, options: argparse.Namespace) -> Figures:
     """POST at a rate: p99 and errors."""
+    secrets: list[str] = []
 
     async def send(client: httpx.AsyncClient, n: int) -> bool:
         body = {"dataset": "digits", "ipc": 1, "seed": n}
-        answer = await client.post("/jobs", json=body, headers={"Idempotency-Key": f"{os.getpid()}-{n}"})
+        headers = {"Idempotency-Key": f"{os.getpid()}-{n}"}
+        if secrets:
+            headers["Authorization"] = f"Bearer {secrets[n % len(secrets)]}"
+        answer = await client.post("/jobs", json=body, headers=headers)
         return answer.status_code in TAKEN
 
     with _database(options.engine, home) as url, ApiProcess(home, database_url=url) as api:
+        with Store(url) as store:
+            made = [Keys(store).create(f"client {n}", "submit", expires_at=None) for n in range(options.keys)]
+            secrets.extend(secret for _, secret in made)
         run = generate(api.url, send, rate=options.rate, seconds=options.seconds)
         with Store(url) as store:
             kept = sum(store.counts().values())
@@ -291,6 +298,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--clients", type=int, default=300)
     parser.add_argument("--events", type=int, default=20)
+    parser.add_argument(
+        "--keys", type=int, default=0, help="API keys that POST takes in turns; each may send 10 a second"
+    )
     return parser
 
 
