@@ -129,6 +129,39 @@ class _Reply(BaseModel, Generic[T]):
     data: _Data[T]
 
 
+class _GpuProcess(BaseModel):
+    pid: int
+    held_mib: int = Field(0, alias="gpuMemoryUsage")
+
+
+class _Gpu(BaseModel):
+    index: int = 0
+    processes: list[_GpuProcess] | None = Field(None, alias="processesPids")
+
+
+class _Raylet(BaseModel):
+    node_id: str = Field("", alias="nodeId")
+
+
+class _NodeStats(BaseModel):
+    """What a node's agent reported last, every few seconds."""
+
+    raylet: _Raylet
+    ip: str = ""
+    gpus: list[_Gpu] = Field(default_factory=list)
+
+
+class _Summaries(BaseModel):
+    summary: list[_NodeStats]
+
+
+class _Nodes(BaseModel):
+    """Of the dashboard's own list of nodes."""
+
+    result: Literal[True]
+    data: _Summaries
+
+
 class _TokenAuth(httpx.Auth):
     """Sends Ray's token; a file is read for each request, so that a replaced one is noticed."""
 
@@ -237,9 +270,10 @@ class Cluster:
         )
 
     def remains(self, submission_id: str) -> tuple[str, ...]:
-        """Processes of a submission that still live by Ray's own account: its driver, and all that ran its tasks and actors.
+        """What is left of a submission by Ray's own account: its driver, all that ran its tasks and actors, and their GPU memory.
 
-        The end of a driver is not the end of its workers: Ray ends them afterwards, on every node.
+        The end of a driver is not the end of its workers: Ray ends them afterwards, on every node. GPU memory is seen where a
+        node's agent knows the processes on its GPUs by the numbers that Ray has (a container may have numbers of its own).
         """
         response = self._ask("GET", _job_path(submission_id))
         if _is_unknown_job(response):
@@ -251,13 +285,27 @@ class Cluster:
         known = [row for kind in ("tasks", "actors") for row in self._rows(kind, "job_id", driver.id)]
         workers = {row.worker_id for row in known if row.worker_id}
         processes = {(row.node_id, row.process) for row in known if row.node_id and row.process}
-        return tuple(
+        alive = tuple(
             f"{(row.worker_type or 'worker').lower()} {row.pid} on {row.ip or row.node_id}"
             for row in self._rows("workers", "is_alive", "true")
             # A driver's own id begins with that of its job.
             if row.worker_id in workers
             or (row.node_id, row.process) in processes
             or row.worker_id == driver.id.ljust(len(row.worker_id or ""), "f")
+        )
+        return alive or self._gpu_memory(processes)
+
+    def _gpu_memory(self, processes: set[tuple[str, int]]) -> tuple[str, ...]:
+        """GPU memory that these (node, process id) still hold; what is said of a node may be some seconds old."""
+        if not processes:
+            return ()
+        nodes = self._parse(self._ask("GET", "/nodes?view=summary"), _Nodes).data.summary
+        return tuple(
+            f"{process.held_mib} MiB of GPU {gpu.index} on {node.ip or node.raylet.node_id}, held by process {process.pid}"
+            for node in nodes
+            for gpu in node.gpus
+            for process in gpu.processes or ()
+            if (node.raylet.node_id, process.pid) in processes and process.held_mib > 0
         )
 
     def _rows(self, kind: str, key: str, value: str) -> list[_Row]:

@@ -159,6 +159,8 @@ class RayTwin:
         with self._lock:
             if url.path == "/health":
                 return 200, "OK"
+            if url.path == "/nodes":
+                return 200, {"result": True, "data": {"summary": []}}
             if url.path.startswith("/api/v0/"):
                 return 200, _rows(self._state(url.path.rpartition("/")[2], parse_qs(url.query)))
             name, _, what = url.path.removeprefix("/api/jobs/").partition("/")

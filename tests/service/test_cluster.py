@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -159,6 +159,8 @@ def state_of(job: dict[str, object], **rows: list[dict[str, object]]) -> Cluster
         if request.url.path == "/api/jobs/a-1":
             return httpx.Response(200, json=job)
         kind = request.url.path.rpartition("/")[2]
+        if kind == "nodes" and request.url.query == b"view=summary":
+            return httpx.Response(200, json={"result": True, "data": {"summary": rows.get("gpus", [])}})
         wanted = {"workers": ("is_alive", "true")}.get(kind, ("job_id", "02000000"))
         query = request.url.params
         assert (query["filter_keys"], query["filter_values"], query["filter_predicates"]) == (*wanted, "=")
@@ -192,6 +194,22 @@ def test_remains_are_the_live_workers_that_ran_anything_of_the_job(
 ) -> None:
     joined = details(driver_info={"id": "02000000", "node_ip_address": "10.0.0.1", "pid": "5"})
     assert state_of(joined, **rows).remains("a-1") == left
+
+
+def test_gpu_memory_of_a_dead_process_remains_until_its_node_no_longer_sees_it() -> None:
+    joined = details(driver_info={"id": "02000000", "node_ip_address": "10.0.0.1", "pid": "5"})
+    tasks: list[dict[str, object]] = [{"worker_id": "w1", "worker_pid": 7, "node_id": "n1"}]
+    held = [{"pid": 7, "gpuMemoryUsage": 900}, {"pid": 8, "gpuMemoryUsage": 50}]
+    gpus = [{"index": 1, "processesPids": held}, {"index": 2, "processesPids": None}]
+
+    def left(node: str, gpus: Sequence[object]) -> tuple[str, ...]:
+        seen: dict[str, object] = {"ip": "10.0.0.1", "raylet": {"nodeId": node}, "gpus": gpus}
+        return state_of(joined, tasks=tasks, gpus=[seen]).remains("a-1")
+
+    assert left("n1", gpus) == ("900 MiB of GPU 1 on 10.0.0.1, held by process 7",)
+    assert left("n2", gpus) == ()
+    assert left("n1", []) == ()
+    assert left("n1", [{"index": 1, "processesPids": [{"pid": 7, "gpuMemoryUsage": 0}]}]) == ()
 
 
 def test_remains_are_none_when_the_driver_never_joined_and_unknown_when_ray_is_vague() -> None:
