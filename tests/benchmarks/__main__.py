@@ -30,6 +30,7 @@ from service.store import Store
 from service.testing import InMemoryCluster
 from tests.benchmarks.filling import fill, sample_job
 from tests.benchmarks.load import Run, generate, quantile
+from tests.benchmarks.outage import ratios, summary
 from tests.postgres import Postgres
 from tests.serving import ROOT, ApiProcess
 from worker.records import FileRecord, now
@@ -255,6 +256,11 @@ async def _follow(
     return latencies or [float("inf")], len(latencies)
 
 
+def outage(home: Path, options: argparse.Namespace) -> Figures:
+    """A driver's steps a second while MLflow takes everything and answers nothing."""
+    return summary(ratios(home, pairs=options.rounds, steps=options.steps))
+
+
 BENCHMARKS: dict[str, Callable[[Path, argparse.Namespace], Figures]] = {
     "post": post,
     "list": listing,
@@ -262,6 +268,7 @@ BENCHMARKS: dict[str, Callable[[Path, argparse.Namespace], Figures]] = {
     "archive": archive,
     "boot": boot,
     "sse": sse,
+    "outage": outage,
 }
 
 
@@ -298,6 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--clients", type=int, default=300)
     parser.add_argument("--events", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=3000, help="of a distillation in `outage`")
     parser.add_argument(
         "--keys", type=int, default=0, help="API keys that POST takes in turns; each may send 10 a second"
     )
