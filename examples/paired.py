@@ -3,8 +3,8 @@
     python examples/paired.py docs/studies/digits-test.jsonl
 
 One table for each data set and IPC; the reference is the variant whose line comes first, or the first that has the text given as
-`--reference` in it. Accuracy in percent: mean over seeds, standard deviation over all students, number of seeds. A difference is the
-mean over paired seeds with its standard error.
+`--reference` in it. Accuracy in percent: mean over seeds, standard deviation over all students, seeds. A difference is a
+mean over paired seeds, with its standard error.
 """
 
 from __future__ import annotations
