@@ -99,8 +99,10 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._batches.device)
         # Made here, as a training that is only asked for its weights needs no compiler.
-        forward = self._forward = self._forward or (compiled_form(self.model) if self.compiled else self.model)
+        self._forward = self._forward or (compiled_form(self.model) if self.compiled else self.model)
         for piece in batch.split(self._chunk):
+            # What is left of a batch stays eager: another size would be compiled apart, which takes longer than it saves.
+            forward = self._forward if len(piece.images) == self._chunk else self.model
             loss = self._batches.loss(forward(piece.images), piece) * (len(piece.images) / len(batch.images))
             torch.autograd.backward(loss)
             total += loss.detach()
@@ -138,7 +140,7 @@ def to_compile(model: nn.Module, batches: Batches, asked: bool | None = None, *,
     Networks with batch statistics stay eager: their running statistics are written in the forward pass.
 
     Args:
-        model: one network; its pieces have at most three sizes, see `Batch.split`.
+        model: one network.
         batches: what it is trained on.
         asked: what the caller wants; None for what pays.
         trainings: how many such networks are trained.
@@ -159,7 +161,7 @@ def _chunk(model: nn.Module, batches: Batches) -> int:
     """Images of a batch that go forward and backward at a time; their gradients add up to the batch's."""
     if batches.device.type != "cpu" or not separable(model):
         return batches.batch_size
-    return max(1, CPU_CHUNK_BYTES // largest_map(model, batches.example()))
+    return min(batches.batch_size, max(1, CPU_CHUNK_BYTES // largest_map(model, batches.example())))
 
 
 def milestones_passed(spec: TrainingSpec, epoch: int) -> int:

@@ -1,6 +1,6 @@
 """Training through `torch.compile`: the same up to rounding, bit for bit where it goes on, and compiled once for all students.
 
-All tests share one network and two sizes of a batch, so that the compiler runs twice.
+All tests share one network and one size of a batch, so that the compiler runs once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_compiled_training_is_the_eager_one_up_to_rounding(digits: Dataset) -> N
     assert (eager.compiled, compiled.compiled) == (False, True)
     before = graphs()
     losses = [trained(run) for run in (eager, compiled)]
-    assert graphs() == before + 2
+    assert graphs() == before + 1, "the rest of 36 stays eager"
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     # Logits, not weights: under instance norm a bias has no effect, its gradient is rounding, and AdamW makes steps of that.
     images = digits.normalise(digits.test_images[:50])
@@ -98,7 +98,7 @@ def test_compiled_training_that_was_stopped_goes_on_with_the_same_bits_in_anothe
     assert second.compiled and second.step == 3
     before = graphs()
     trained(second)
-    assert graphs() == before + 2
+    assert graphs() == before + 1
     assert all(torch.equal(left, right) for left, right in zip(weights(whole), weights(second), strict=True))
 
 
