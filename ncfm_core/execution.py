@@ -26,8 +26,9 @@ BLOCK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 BLOCK_SHARE, CHUNK_SHARE = 0.5, 1 / 16
 """Of a memory limit, where one is set."""
 COMPILE_OPERATIONS = {"cpu": 2e12, "cuda": 1e15}
-"""Below this many floating-point operations compiling is not earned back. On a CPU they are about a minute of eager work on one
-core, of which compiled code saves 25 seconds or more; compiling takes 7 to 25."""
+"""Below this many floating-point operations compiling is not earned back. On a CPU, at width 32, they are 45 (training) to 95
+seconds (distilling) of eager work on one core, of which compiled code saves 12 to 40; compiling takes 10 to 20, and 2 where
+Inductor finds the code on disk (docs/performance.md)."""
 BACKWARD_FORWARDS = 2
 """A backward pass in units of a forward one."""
 COMPILED_FORMS = 128

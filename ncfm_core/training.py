@@ -101,7 +101,7 @@ class Training:
         # Made here, as a training that is only asked for its weights needs no compiler.
         self._forward = self._forward or (compiled_form(self.model) if self.compiled else self.model)
         for piece in batch.split(self._chunk):
-            # What is left of a batch stays eager: another size would be compiled apart, which takes longer than it saves.
+            # What is left of a batch stays eager: another size would be compiled apart, for more than such few images give back.
             forward = self._forward if len(piece.images) == self._chunk else self.model
             loss = self._batches.loss(forward(piece.images), piece) * (len(piece.images) / len(batch.images))
             torch.autograd.backward(loss)
