@@ -87,10 +87,14 @@ class Batches:
         self.total = spec.epochs * self.steps_per_epoch
 
     @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width."""
-        _, height, width = self._dataset.image_shape
-        return height, width
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width."""
+        return self._dataset.image_shape
+
+    @property
+    def shown(self) -> int:
+        """Images that one network sees in all its steps."""
+        return self.spec.epochs * len(self._labels)
 
     def example(self) -> Tensor:
         """One image as a network sees it, without augmentation, shape (1, channels, H, W)."""
@@ -107,7 +111,9 @@ class Batches:
         chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
         draw = generator(seed, f"{stream}/augment", step)
         augmentation = augment.draw(self.spec.augment, draw, len(chosen))
-        return Draw(chosen, augmentation, augment.draw_cutmix(self.spec.cutmix, len(chosen), self.image_size, draw))
+        return Draw(
+            chosen, augmentation, augment.draw_cutmix(self.spec.cutmix, len(chosen), self.image_shape[1:], draw)
+        )
 
     def batch(self, draw: Draw) -> Batch:
         """The batch of one network."""

@@ -27,7 +27,15 @@ from ncfm_core.discrepancy import (
     characteristic_function_by_class,
 )
 from ncfm_core.errors import CheckpointError, ResourcesError
-from ncfm_core.execution import Execution, choose, even_chunks, for_inference, in_chunks
+from ncfm_core.execution import (
+    BACKWARD_FORWARDS,
+    Execution,
+    choose,
+    compiled_form,
+    even_chunks,
+    for_inference,
+    in_chunks,
+)
 from ncfm_core.frequencies import FrequencySampler, Gaussian, ScaleMixture
 from ncfm_core.pools import Extractors, TeacherPool
 from ncfm_core.progress import Progress, never
@@ -100,8 +108,8 @@ class Distillation:
             num_classes=dataset.num_classes,
             images_per_class=decoded // dataset.num_classes,
             device=device,
-            # A backward pass is two forward ones.
-            forwards=method.steps * (draws / method.reuse + 3 * decoded * (2 if method.calibration_weight else 1)),
+            forwards=method.steps
+            * (draws / method.reuse + (1 + BACKWARD_FORWARDS) * decoded * (2 if method.calibration_weight else 1)),
             memory_limit=memory_limit,
             together=pool.batch_statistics,
             compiled=compiled,
@@ -115,7 +123,7 @@ class Distillation:
         self.execution = execution
         features, logits = self._pool.features, self._pool.logits
         if execution.compiled:
-            features, logits = (torch.compile(each, dynamic=False) for each in (features, logits))
+            features, logits = compiled_form(features), compiled_form(logits)
         self._features_forward, self._logits_forward = features, logits
 
     def run(self, until: int | None = None, *, pause: Callable[[], bool] = never) -> Iterator[Progress]:

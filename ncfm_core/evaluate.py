@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ncfm_core.models import build_model
 from ncfm_core.progress import Progress, finish
 from ncfm_core.rng import generator
 from ncfm_core.spec import ModelSpec, TrainingSpec
-from ncfm_core.training import Training, accuracy
+from ncfm_core.training import Training, accuracy, to_compile
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Evaluation:
     """At the end of training: what is published."""
     best: tuple[float, ...]
     """The best look at the test set along the way: optimistic, kept apart."""
+    compiled: bool
+    """Whether the students went through `torch.compile`."""
 
 
 def evaluate(
@@ -42,6 +45,7 @@ def evaluate(
     targets: Tensor | None = None,
     at_once: int | None = None,
     first: int = 0,
+    compiled: bool | None = None,
 ) -> Generator[Progress, None, Evaluation]:
     """Train fresh students on labelled images and test each.
 
@@ -58,6 +62,7 @@ def evaluate(
         targets: teacher logits of the images, float32 of shape (N, classes); for losses that compare with them.
         at_once: students in one step; None for what is fast here (`cohort.students_at_once`).
         first: index of the first of them, so that a seed's students can be trained in several calls.
+        compiled: whether students that are trained one by one go through `torch.compile`; None where it pays for all of them.
 
     Yields:
         Progress after every student, with its accuracy.
@@ -70,26 +75,34 @@ def evaluate(
     targets = None if targets is None else targets.detach().to(device)
     last: list[float] = []
     best: list[float] = []
-    if at_once is None:
-        batches = Batches(images, labels, dataset, spec=training, targets=targets)
-        at_once = students_at_once(_student(0, model, dataset, seed), batches)
+    batches = Batches(images, labels, dataset, spec=training, targets=targets)
+    fresh = _student(first, model, dataset, seed)
+    at_once = students_at_once(fresh, batches) if at_once is None else at_once
+    compiled = at_once == 1 and to_compile(fresh, batches, compiled, trainings=students)
+    alone = partial(
+        Training,
+        images=images,
+        labels=labels,
+        dataset=dataset,
+        spec=training,
+        seed=seed,
+        targets=targets,
+        compiled=compiled,
+    )
     while len(last) < students:
         members = range(first + len(last), first + min(len(last) + at_once, students))
         networks = [_student(index, model, dataset, seed) for index in members]
         streams = [f"student/{index}" for index in members]
         if len(networks) == 1:
-            run = Training(
-                networks[0], images, labels, dataset, spec=training, seed=seed, stream=streams[0], targets=targets
-            )
+            run = alone(networks[0], stream=streams[0])
             looks = _look_alone(run, dataset, tests)
         else:
-            batches = Batches(images, labels, dataset, spec=training, targets=targets)
             looks = _look_together(Cohort(networks, batches, seed=seed, streams=streams), len(members), dataset, tests)
         for accuracies in zip(*looks, strict=True):
             last.append(accuracies[-1])
             best.append(max(accuracies))
             yield Progress(len(last), students, "student", {"accuracy": last[-1], "best_accuracy": best[-1]})
-    return Evaluation(tuple(last), tuple(best))
+    return Evaluation(tuple(last), tuple(best), compiled)
 
 
 def choose_rate(

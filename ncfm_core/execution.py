@@ -1,6 +1,7 @@
 """How a distillation is carried out: how much goes through a network at once, in what pieces, compiled or not.
 
-None of it is part of a result's key. It may move the last bits, so a state records it and a resumed run keeps it.
+Whether compiling pays is decided here for supervised training too. None of it is part of a result's key. It may move the last
+bits, so a state records it and a resumed run keeps it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -23,12 +25,20 @@ BLOCK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 """Activations kept for one backward pass."""
 BLOCK_SHARE, CHUNK_SHARE = 0.5, 1 / 16
 """Of a memory limit, where one is set."""
-COMPILE_OPERATIONS = {"cpu": 1e13, "cuda": 1e15}
-"""Compiling takes 20 to 60 seconds; below this many floating-point operations it is not earned back."""
+COMPILE_OPERATIONS = {"cpu": 2e12, "cuda": 1e15}
+"""Below this many floating-point operations compiling is not earned back. On a CPU, at width 32, they are 45 (training) to 95
+seconds (distilling) of eager work on one core, of which compiled code saves 12 to 40; compiling takes 10 to 20, and 2 where
+Inductor finds the code on disk (docs/performance.md)."""
+BACKWARD_FORWARDS = 2
+"""A backward pass in units of a forward one."""
+COMPILED_FORMS = 128
+"""Forms of one function (network, number of images, with gradients or without) that a process may compile. Dynamo's own limit of
+8 is soon reached where a process judges a set on several networks, and what goes beyond it runs eager without a word."""
 
 LAYOUT_FROM = 28
 """Pixels a side from which the memory layout matters."""
 
+P = ParamSpec("P")
 Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 """From weights and images to features or logits."""
 
@@ -92,13 +102,13 @@ def choose(
         together: whether images influence each other (batch statistics), so that nothing may be cut.
         compiled: None to compile where it pays.
     """
-    kept, largest, operations = _probe(features, weights, image_shape, device)
+    kept, largest, operations = probe(features, weights, image_shape, device)
     chunk_bytes, block_bytes = CHUNK_BYTES[device.type], BLOCK_BYTES[device.type]
     if memory_limit is not None:
         chunk_bytes = min(chunk_bytes, int(memory_limit * CHUNK_SHARE))
         block_bytes = int(memory_limit * BLOCK_SHARE)
     if compiled is None:
-        compiled = operations * forwards >= COMPILE_OPERATIONS[device.type] and compiler_exists(device)
+        compiled = compiling_pays(operations * forwards, device)
     if together:
         return Execution(chunk=1 << 30, block=num_classes, recompute=False, compiled=compiled)
     return Execution(
@@ -109,6 +119,11 @@ def choose(
     )
 
 
+def compiling_pays(operations: float, device: torch.device) -> bool:
+    """Whether so many floating-point operations in all are worth a call of the compiler, and one is there."""
+    return operations >= COMPILE_OPERATIONS[device.type] and compiler_exists(device)
+
+
 def compiler_exists(device: torch.device) -> bool:
     """Whether `torch.compile` has what it needs: a C++ compiler on the CPU, Triton on a GPU."""
     if device.type == "cuda":
@@ -116,7 +131,22 @@ def compiler_exists(device: torch.device) -> bool:
     return any(shutil.which(name) for name in ("g++", "clang++"))
 
 
-def _probe(
+def compiled_form(forward: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """A forward pass through `torch.compile`: one compilation for each form of its arguments.
+
+    What is compiled serves every function of the same code in this process: a second network of the same layers finds it there.
+    A form that can not be compiled whole is an error, never a silent return to eager code, which has other last bits.
+    """
+    fast = torch.compile(forward, dynamic=False, fullgraph=True)
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with torch.compiler.config.patch(recompile_limit=COMPILED_FORMS):  # type: ignore[attr-defined]
+            return fast(*args, **kwargs)
+
+    return run
+
+
+def probe(
     features: Forward, weights: dict[str, Tensor], image_shape: tuple[int, int, int], device: torch.device
 ) -> tuple[int, int, float]:
     """Bytes that an image keeps for the backward pass, those of its largest activation, and operations of its forward pass."""

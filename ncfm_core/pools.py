@@ -34,6 +34,7 @@ class TeacherTraining:
         seed: int,
         index: int,
         device: torch.device,
+        compiled: bool | None = None,
     ) -> None:
         """
         Args:
@@ -43,6 +44,7 @@ class TeacherTraining:
             seed: of the pool.
             index: of this teacher in the pool, from 0.
             device: where to train.
+            compiled: whether it goes through `torch.compile`; None where it pays.
         """
         self._dataset = dataset.to(device)
         stream = f"teacher/{index}"
@@ -61,7 +63,13 @@ class TeacherTraining:
             spec=training,
             seed=seed,
             stream=stream,
+            compiled=compiled,
         )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it goes through `torch.compile`."""
+        return self._training.compiled
 
     @property
     def total(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ncfm_core.batches import Batches
 from ncfm_core.datasets import Dataset, Images
 from ncfm_core.errors import CheckpointError
+from ncfm_core.execution import BACKWARD_FORWARDS, compiled_form, compiling_pays, probe
 from ncfm_core.models.probing import largest_map, separable
 from ncfm_core.progress import Progress, never
 from ncfm_core.spec import TrainingSpec
@@ -29,7 +30,8 @@ class Training:
     """One network, trained step by step on labelled images.
 
     Everything that is drawn depends on (seed, stream, step) alone, so `state` and `load_state` are all it takes to go on with the
-    same bits.
+    same bits. Whether the network goes through `torch.compile` may move the last bits: a state records it, and what goes on from
+    that keeps it.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Training:
         seed: int,
         stream: str,
         targets: Tensor | None = None,
+        compiled: bool | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +57,7 @@ class Training:
             seed: of everything drawn.
             stream: name of this training, apart from all others of the seed.
             targets: teacher logits, float32 of shape (N, classes); for losses that compare with them.
+            compiled: whether the network goes through `torch.compile`, if it is one that may; None where it pays.
 
         Raises:
             SpecError: the loss needs targets and there are none.
@@ -63,6 +67,9 @@ class Training:
         self.batch_size, self.steps_per_epoch = self._batches.batch_size, self._batches.steps_per_epoch
         self.total = self._batches.total
         self._chunk = _chunk(model, self._batches)
+        self.compiled = to_compile(model, self._batches, compiled)
+        """Whether the network goes through `torch.compile`."""
+        self._forward: Callable[[Tensor], Tensor] | None = None
         self.step = 0
         self.optimizer = make_optimizer(model.parameters(), spec)
         self._order = torch.empty(0, dtype=torch.int64)
@@ -91,8 +98,12 @@ class Training:
         set_rate(self.optimizer, self.spec, epoch, is_first=place == 0)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._batches.device)
+        # Made here, as a training that is only asked for its weights needs no compiler.
+        self._forward = self._forward or (compiled_form(self.model) if self.compiled else self.model)
         for piece in batch.split(self._chunk):
-            loss = self._batches.loss(self.model(piece.images), piece) * (len(piece.images) / len(batch.images))
+            # What is left of a batch stays eager: another size would be compiled apart, for more than such few images give back.
+            forward = self._forward if len(piece.images) == self._chunk else self.model
+            loss = self._batches.loss(forward(piece.images), piece) * (len(piece.images) / len(batch.images))
             torch.autograd.backward(loss)
             total += loss.detach()
         self.optimizer.step()
@@ -103,11 +114,11 @@ class Training:
         """Everything needed to go on, as flat tensors on the CPU."""
         state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         state |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self.optimizer).items()}
-        state["step"] = torch.tensor(self.step)
+        state |= {"step": torch.tensor(self.step), "compiled": torch.tensor(int(self.compiled))}
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state.
+        """Go on from a state, compiled or not as it was; one that does not say was not.
 
         Raises:
             CheckpointError: it is of another training.
@@ -115,19 +126,42 @@ class Training:
         try:
             self.model.load_state_dict(part(state, "model."))
             load_optimizer_state(self.optimizer, part(state, "optimizer."))
-            self.step = int(state["step"])
+            self.step, self.compiled = int(state["step"]), bool(state.get("compiled", False))
         except (KeyError, RuntimeError, IndexError) as error:
             raise CheckpointError.of(
                 "checkpoint", None, f"does not fit this training: {error}", "Start afresh."
             ) from None
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._order, self._forward = torch.empty(0, dtype=torch.int64), None
+
+
+def to_compile(model: nn.Module, batches: Batches, asked: bool | None = None, *, trainings: int = 1) -> bool:
+    """Whether to train a network through `torch.compile`: where it pays, over all trainings that share what is compiled.
+
+    Networks with batch statistics stay eager: their running statistics are written in the forward pass.
+
+    Args:
+        model: one network.
+        batches: what it is trained on.
+        asked: what the caller wants; None for what pays.
+        trainings: how many such networks are trained.
+    """
+    if asked is not None or not separable(model):
+        return bool(asked) and separable(model)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    *_, operations = probe(
+        lambda weights, images: torch.func.functional_call(model, weights, (images,)),
+        weights,
+        batches.image_shape,
+        batches.device,
+    )
+    return compiling_pays((1 + BACKWARD_FORWARDS) * operations * batches.shown * trainings, batches.device)
 
 
 def _chunk(model: nn.Module, batches: Batches) -> int:
     """Images of a batch that go forward and backward at a time; their gradients add up to the batch's."""
     if batches.device.type != "cpu" or not separable(model):
         return batches.batch_size
-    return max(1, CPU_CHUNK_BYTES // largest_map(model, batches.example()))
+    return min(batches.batch_size, max(1, CPU_CHUNK_BYTES // largest_map(model, batches.example())))
 
 
 def milestones_passed(spec: TrainingSpec, epoch: int) -> int:

@@ -16,7 +16,7 @@ from ncfm_core.progress import Progress
 from ncfm_core.protocols import RATE_FRACTION
 from ncfm_core.spec import EvaluationSpec
 from worker.building import Building
-from worker.history import Event, History, Stage
+from worker.history import Event, History, Notice, Stage
 from worker.records import Accuracy
 from worker.site import Site
 
@@ -86,6 +86,7 @@ def judge(
 def commit(building: Building, students: Generator[Progress, None, Evaluation], figures: dict[str, JsonValue]) -> Stage:
     """Run students to their end and commit what they found."""
     found = yield from follow(students, building.history)
+    yield Notice(f"the students were trained {'compiled' if found.compiled else 'eager'}")
     return (yield from building.commit({}, {"accuracy": accuracy_of(found).model_dump(mode="json"), **figures}))
 
 

@@ -64,6 +64,7 @@ def teacher(
         building.history = saved.history
         task.load_state(saved.state)
         yield Notice(f"teacher {index} goes on from step {saved.step}")
+    yield Notice(f"teacher {index} is trained {'compiled' if task.compiled else 'eager'}")
     while task.step < task.total and not asked():
         for progress in task.run(until=min(task.total, checkpoints.next_step), pause=lambda: asked() is not None):
             building.history.add(progress)

@@ -170,9 +170,9 @@ class Pipeline:
         count = self._work.spec.teachers.count
         while len(self._trained) < count:
             index = len(self._trained)
-            if not self._may_begin():
-                return self._stopped("teachers", index=index)
             training = self._teacher(index)
+            if not self._may_begin(None if training.compiled else 0.0):
+                return self._stopped("teachers", index=index)
             if not self._advance(training, "teachers", index=index):
                 return False
             self._trained[str(index)] = self.keeping.keep_teacher(part(training.result(), "trained."))
@@ -225,6 +225,7 @@ class Pipeline:
                     seed=seed,
                     device=self._work.device,
                     first=first,
+                    compiled=self._work.compiled,
                     targets=synthetic.soft_labels if entry.training.needs_soft_labels else None,
                 ):
                     found["last"].append(report.metrics["accuracy"])
@@ -243,6 +244,7 @@ class Pipeline:
             seed=spec.teachers.seed,
             index=index,
             device=self._work.device,
+            compiled=self._work.compiled,
         )
 
     def _build_pool(self) -> TeacherPool:

@@ -144,6 +144,7 @@ def test_stopped_teacher_ends_with_the_same_bits(job_of: JobOf, storage: Storage
     stop_after(job_of(2).teacher(0), 40)
     resumed, later = finish(job_of(3).teacher(0))
     assert Notice("teacher 0 goes on from step 40") in later
+    assert Notice("teacher 0 is trained eager") in later
     assert content(storage, resumed) == expected
 
 
