@@ -10,7 +10,9 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
+from subprocess import SubprocessError
 from typing import ParamSpec
 
 import torch
@@ -120,15 +122,28 @@ def choose(
 
 
 def compiling_pays(operations: float, device: torch.device) -> bool:
-    """Whether so many floating-point operations in all are worth a call of the compiler, and one is there."""
-    return operations >= COMPILE_OPERATIONS[device.type] and compiler_exists(device)
+    """Whether so many floating-point operations in all are worth a call of the compiler, and one is there that works."""
+    return operations >= COMPILE_OPERATIONS[device.type] and compiler_works(device.type)
 
 
-def compiler_exists(device: torch.device) -> bool:
-    """Whether `torch.compile` has what it needs: a C++ compiler on the CPU, Triton on a GPU."""
-    if device.type == "cuda":
-        return find_spec("triton") is not None
-    return any(shutil.which(name) for name in ("g++", "clang++"))
+@cache
+def compiler_works(kind: str) -> bool:
+    """Whether `torch.compile` can make code for a kind of device here, and run it: tried on a few numbers, once in a process.
+
+    A compiler that is there may lack Python's or OpenMP's headers, or a place to write to. The trial takes 3 to 15 seconds, of
+    which the first compilation is spared most.
+    """
+    if kind == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++")):
+        return False
+    if kind == "cuda" and find_spec("triton") is None:
+        return False
+    try:
+        numbers = torch.ones(8, device=kind, requires_grad=True)
+        with torch.enable_grad():
+            torch.autograd.backward(compiled_form(lambda given: given.relu().sum())(numbers))
+    except (RuntimeError, OSError, ImportError, SubprocessError):
+        return False
+    return True
 
 
 def compiled_form(forward: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -5,6 +5,10 @@ All tests share one network and one size of a batch, so that the compiler runs o
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ from ncfm_core import execution
 from ncfm_core.batches import Batches
 from ncfm_core.datasets import Dataset
 from ncfm_core.evaluate import evaluate
-from ncfm_core.execution import COMPILE_OPERATIONS, compiled_form, compiler_exists
+from ncfm_core.execution import COMPILE_OPERATIONS, compiled_form, compiler_works
 from ncfm_core.models import Network, build_model
 from ncfm_core.progress import finish
 from ncfm_core.rng import generator
@@ -27,7 +31,7 @@ from ncfm_core.training import Training, to_compile
 CPU = torch.device("cpu")
 MODEL = ModelSpec(name="convnet", depth=1, width=8, norm="instance")
 IMAGES, BATCH_SIZE = 100, 64
-needs_compiler = pytest.mark.skipif(not compiler_exists(CPU), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler on this machine")
 quiet = pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo, which looks at its inputs
 
 
@@ -152,7 +156,7 @@ def test_state_that_does_not_say_goes_on_eager_and_another_as_it_was(digits: Dat
 def test_compiling_is_for_long_trainings_and_several_students_count_together(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
-    monkeypatch.setattr(execution, "compiler_exists", lambda _: there)
+    monkeypatch.setattr(execution, "compiler_works", lambda _: there)
     # Of 8 filters 3x3 at 64 places and a linear layer from 8x4x4 features; a backward pass is two forward ones.
     operations = 3 * IMAGES * (2 * 8 * 9 * 64 + 2 * 128 * 10)
     epochs = int(COMPILE_OPERATIONS["cpu"] // operations)
@@ -167,6 +171,17 @@ def test_networks_with_batch_statistics_stay_eager(digits: Dataset) -> None:
     assert not to_compile(model, batches(digits, epochs=10**12))
     assert not to_compile(model, batches(digits), True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@needs_compiler
+def test_compiler_that_is_broken_is_noticed_when_it_is_tried(tmp_path: Path) -> None:
+    """As one without Python's headers fails: it is there, and ends with an error."""
+    program = "from ncfm_core.execution import compiler_works; print(compiler_works('cpu'))"
+    broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | broken, capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "False\n"
 
 
 def test_more_than_eight_forms_are_compiled_and_none_falls_back() -> None:

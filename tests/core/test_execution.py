@@ -14,7 +14,7 @@ from ncfm_core.datasets import Dataset
 from ncfm_core.discrepancy import CharacteristicFunction, characteristic_function_by_class
 from ncfm_core.distill import Distillation
 from ncfm_core.errors import ResourcesError
-from ncfm_core.execution import Execution, choose, compiler_exists, even_chunks
+from ncfm_core.execution import Execution, choose, compiler_works, even_chunks
 from ncfm_core.pools import TeacherPool
 from ncfm_core.rng import generator
 from ncfm_core.spec import JobSpec, NcfmSpec
@@ -61,7 +61,7 @@ def test_joint_gradient_is_that_of_each_class_alone(digits: Dataset, pool: Teach
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo, which looks at its inputs
-@pytest.mark.skipif(not compiler_exists(CPU), reason="no C++ compiler on this machine")
+@pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler on this machine")
 def test_compiled_networks_give_the_same_images(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
     eager, compiled = (distilled(digits, pool, method(spec), {"compiled": each}) for each in (False, True))
     assert compiled.execution.compiled
@@ -170,7 +170,7 @@ def test_networks_with_batch_statistics_are_never_cut(pool: TeacherPool) -> None
 
 def test_compiling_is_for_long_runs(pool: TeacherPool) -> None:
     assert not chosen(pool, compiled=None, forwards=1e3).compiled
-    assert chosen(pool, compiled=None, forwards=1e12).compiled == compiler_exists(CPU)
+    assert chosen(pool, compiled=None, forwards=1e12).compiled == compiler_works("cpu")
 
 
 def test_execution_survives_its_encoding() -> None:
