@@ -285,6 +285,12 @@ def new_job_id() -> str:
     return str(ULID()).lower()
 
 
+def first_id_at(at: datetime, later_s: float = 0.0) -> str:
+    """The bound between ids made before a time, or some seconds later, and those made then or after."""
+    milliseconds = round(1000 * (at.timestamp() + later_s))
+    return str(ULID.from_int(min(max(milliseconds, 0), 2**48 - 1) << 80)).lower()
+
+
 def check_move(job: Job, to: State) -> None:
     """Refuse what the table does not have.
 

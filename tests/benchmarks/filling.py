@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import delete, insert, select
 
 from ncfm_core.submission import resolve
-from service.jobs import Job, Reason, Result, State, new_job_id
+from service.jobs import Job, Reason, Result, State, first_id_at, new_job_id
 from service.store import Store
 from service.tables import events, jobs
 from worker.records import Accuracy, FileRecord, now
@@ -67,4 +67,4 @@ def _rows(template: dict[str, Any], numbers: range, count: int) -> Iterator[dict
     end = datetime.now(UTC)
     for n in numbers:
         at = end - timedelta(seconds=count - n)
-        yield template | {"id": f"01{n:024d}", "created_at": at, "rank": at.timestamp() - 3000, "event_seq": 2}
+        yield template | {"id": first_id_at(at), "created_at": at, "rank": at.timestamp() - 3000, "event_seq": 2}

@@ -15,6 +15,7 @@ from service.jobs import (
     State,
     cancel_move,
     check_move,
+    first_id_at,
     legal_moves,
     moves_table,
     new_job_id,
@@ -79,6 +80,14 @@ def test_texts_when_read_by_a_person() -> None:
     assert len(table) == 2 + len(State)
     assert "| queued | starting, cancelled |" in table
     assert "| failed | final |" in table
+
+
+def test_first_id_at_a_time_parts_the_ids_before_it_from_those_after() -> None:
+    before = datetime.now(UTC)
+    made = new_job_id()
+    assert first_id_at(before) <= made < first_id_at(before, 1.0)
+    assert first_id_at(datetime(1, 1, 1, tzinfo=UTC)) == "0" * 26
+    assert first_id_at(datetime(9999, 12, 31, tzinfo=UTC), 60.0) > made
 
 
 def test_new_job_id_when_made_later_sorts_later() -> None:
