@@ -89,6 +89,8 @@ class Reason(StrEnum):
 
 EventType = Literal["created", "state", "waiting", "stage", "changed", "published"]
 
+ID_MARGIN_S = 60.0
+"""Most that the time in a job's id and that of its creation beside it may differ: two looks at one clock."""
 PRIORITY = 50
 """The usual one, of 0 to 100."""
 AGEING_S = 60.0
@@ -286,9 +288,22 @@ def new_job_id() -> str:
 
 
 def first_id_at(at: datetime, later_s: float = 0.0) -> str:
-    """The bound between ids made before a time, or some seconds later, and those made then or after."""
-    milliseconds = round(1000 * (at.timestamp() + later_s))
+    """The bound between ids made before a time, or some seconds later, and those made then or after.
+
+    With it a list by time reads a short range of the key instead of all jobs.
+    """
+    milliseconds = int(1000 * (at.timestamp() + later_s))
     return str(ULID.from_int(min(max(milliseconds, 0), 2**48 - 1) << 80)).lower()
+
+
+def earliest_id(at: datetime) -> str:
+    """No job that was created at that time or later has a smaller id."""
+    return first_id_at(at, -ID_MARGIN_S)
+
+
+def latest_id(at: datetime) -> str:
+    """Every job that was created before that time has a smaller id."""
+    return first_id_at(at, ID_MARGIN_S)
 
 
 def check_move(job: Job, to: State) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 
 from ncfm_core.errors import NcfmError
 from service.database import StoreError
-from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, check_move, first_id_at
+from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, check_move, earliest_id, latest_id
 from service.leases import check_fence
 from service.sightings import Sighting, Sightings
 from service.tables import UtcDateTime, attempts, events, idempotency, jobs
@@ -38,8 +38,6 @@ class Actor:
 
 
 CONTROLLER = Actor("controller")
-ID_MARGIN_S = 60.0
-"""Most that the time in a job's id, and that of its creation beside it, may differ: two looks at one clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,13 +340,10 @@ def filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
             query = query.where(jobs.c[name] == value)
     for label, value in (wanted.labels or {}).items():
         query = query.where(jobs.c.labels[label].as_string() == value)
-    # An id holds the time too: its bound makes a short range of the key out of a scan of all jobs.
     if wanted.created_after is not None:
-        earliest = first_id_at(wanted.created_after, -ID_MARGIN_S)
-        query = query.where(jobs.c.created_at > wanted.created_after, jobs.c.id >= earliest)
+        query = query.where(jobs.c.created_at > wanted.created_after, jobs.c.id >= earliest_id(wanted.created_after))
     if wanted.created_before is not None:
-        latest = first_id_at(wanted.created_before, ID_MARGIN_S)
-        query = query.where(jobs.c.created_at < wanted.created_before, jobs.c.id < latest)
+        query = query.where(jobs.c.created_at < wanted.created_before, jobs.c.id < latest_id(wanted.created_before))
     return query
 
 
