@@ -54,10 +54,11 @@ def hole() -> Iterator[str]:
 
 def ratios(home: Path, *, pairs: int, steps: int) -> list[float]:
     """Steps a second with a silent MLflow over those without any, pair by pair."""
-    spec = home / "job.json"
-    spec.write_text(json.dumps(JOB | {"method": {**JOB["method"], "steps": steps}}))
+    spec, short = home / "job.json", home / "short.json"
+    for path, number in ((spec, steps), (short, 1)):
+        path.write_text(json.dumps(JOB | {"method": {**JOB["method"], "steps": number}}))
     first = home / "first"
-    _rate(first, _begin(spec, first, None))
+    _rate(first, _begin(short, first, None))
     root = Storage(str(first))
     # The teachers stay, all else is made again.
     root.delete([path for path in root.list("results") if _stage(root, path) != "teachers"])
