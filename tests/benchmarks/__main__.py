@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--clients", type=int, default=300)
     parser.add_argument("--events", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=12_000, help="of a distillation in `outage`")
+    parser.add_argument("--steps", type=int, default=5000, help="of a distillation in `outage`")
     parser.add_argument(
         "--keys", type=int, default=0, help="API keys that POST takes in turns; each may send 10 a second"
     )

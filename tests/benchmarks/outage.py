@@ -1,4 +1,7 @@
-"""What an MLflow that takes everything and answers nothing costs a driver: pairs of runs side by side, so that other load meets both."""
+"""What an MLflow that takes everything and answers nothing costs a driver: pairs of runs in turn, each with the machine for itself.
+
+Side by side on two cores the two drivers take what the stages would have had, and the start of MLflow's client is measured.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def ratios(home: Path, *, pairs: int, steps: int) -> list[float]:
     for path, number in ((spec, steps), (short, 1)):
         path.write_text(json.dumps(JOB | {"method": {**JOB["method"], "steps": number}}))
     first = home / "first"
-    _rate(first, _begin(short, first, None))
+    _rate(short, first, None)
     root = Storage(str(first))
     # The teachers stay, all else is made again.
     root.delete([path for path in root.list("results") if _stage(root, path) != "teachers"])
@@ -68,11 +71,9 @@ def ratios(home: Path, *, pairs: int, steps: int) -> list[float]:
             storages = [home / f"{pair}-{name}" for name in ("without", "with")]
             for storage in storages:
                 shutil.copytree(first, storage)
-            # Each is the first to start in every other pair.
-            order = (0, 1) if pair % 2 else (1, 0)
-            runs = {n: _begin(spec, storages[n], url if n else None) for n in order}
-            without, with_it = (_rate(storages[n], runs[n]) for n in (0, 1))
-            found.append(with_it / without)
+            # Each goes first in every other pair.
+            rates = {n: _rate(spec, storages[n], url if n else None) for n in ((0, 1) if pair % 2 else (1, 0))}
+            found.append(rates[1] / rates[0])
     return found
 
 
@@ -87,21 +88,18 @@ def summary(found: list[float]) -> dict[str, object]:
     }
 
 
-def _begin(spec: Path, storage: Path, mlflow: str | None) -> subprocess.Popen[str]:
+def _rate(spec: Path, storage: Path, mlflow: str | None) -> float:
+    """Steps a second of one run."""
     command = [sys.executable, "-m", "worker", "run", str(spec), "--storage", str(storage), "--job-id", "job"]
-    return subprocess.Popen(
+    run = subprocess.run(
         command + (["--mlflow", mlflow] if mlflow else []),
         env=CLEAN | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
+        check=False,
     )
-
-
-def _rate(storage: Path, run: subprocess.Popen[str]) -> float:
-    said, _ = run.communicate()
     if run.returncode:
-        raise RuntimeError(said[-4000:])
+        raise RuntimeError(run.stderr[-4000:])
     root = Storage(str(storage))
     for path in root.list("results"):
         result = root.get_record(path, StageResult)

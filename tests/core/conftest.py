@@ -8,11 +8,19 @@ import pytest
 import torch
 
 from ncfm_core.datasets import Dataset, load_dataset
+from ncfm_core.execution import compiler_works
 from ncfm_core.pools import TeacherPool, TeacherTraining
 from ncfm_core.spec import JobSpec
 from ncfm_core.submission import resolve
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def compiler() -> None:
+    """For tests that compile; tried here and not when tests are collected, since it takes seconds."""
+    if not compiler_works("cpu"):
+        pytest.skip("no C++ compiler that works on this machine")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from ncfm_core import execution
 from ncfm_core.batches import Batches
 from ncfm_core.datasets import Dataset
 from ncfm_core.evaluate import evaluate
-from ncfm_core.execution import COMPILE_OPERATIONS, compiled_form, compiler_works
+from ncfm_core.execution import COMPILE_OPERATIONS, compiled_form
 from ncfm_core.models import Network, build_model
 from ncfm_core.progress import finish
 from ncfm_core.rng import generator
@@ -31,7 +31,7 @@ from ncfm_core.training import Training, to_compile
 CPU = torch.device("cpu")
 MODEL = ModelSpec(name="convnet", depth=1, width=8, norm="instance")
 IMAGES, BATCH_SIZE = 100, 64
-needs_compiler = pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.usefixtures("compiler")
 quiet = pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo, which looks at its inputs
 
 

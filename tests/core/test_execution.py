@@ -61,7 +61,7 @@ def test_joint_gradient_is_that_of_each_class_alone(digits: Dataset, pool: Teach
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo, which looks at its inputs
-@pytest.mark.skipif(not compiler_works("cpu"), reason="no C++ compiler on this machine")
+@pytest.mark.usefixtures("compiler")
 def test_compiled_networks_give_the_same_images(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
     eager, compiled = (distilled(digits, pool, method(spec), {"compiled": each}) for each in (False, True))
     assert compiled.execution.compiled
