@@ -257,8 +257,8 @@ async def _follow(
 
 
 def outage(home: Path, options: argparse.Namespace) -> Figures:
-    """A driver's steps a second while MLflow takes everything and answers nothing."""
-    return summary(ratios(home, pairs=options.rounds, steps=options.steps))
+    """Steps a second while MLflow takes everything and answers nothing, over those before and after."""
+    return summary(ratios(home, rounds=options.rounds, seconds=options.seconds))
 
 
 BENCHMARKS: dict[str, Callable[[Path, argparse.Namespace], Figures]] = {
@@ -305,7 +305,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--clients", type=int, default=300)
     parser.add_argument("--events", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=5000, help="of a distillation in `outage`")
     parser.add_argument(
         "--keys", type=int, default=0, help="API keys that POST takes in turns; each may send 10 a second"
     )

@@ -1,80 +1,108 @@
-"""What an MLflow that takes everything and answers nothing costs a driver: pairs of runs in turn, each with the machine for itself.
+"""What an MLflow that stops in the middle of a run costs its steps: one run, whose server is stopped and let go on in turns.
 
-Side by side on two cores the two drivers take what the stages would have had, and the start of MLflow's client is measured.
+Two runs, in turn or side by side, differ by more than the bar on a machine that others share; neighbouring blocks of one run do not.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import socket
+import signal
 import statistics
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
+
+from service.local import ports
 from tests.faults.controllers import CLEAN
-from worker.records import StageResult
+from worker.records import AttemptStatus, attempt_path
 from worker.storage import Storage
 
 JOB: dict[str, Any] = {
     "dataset": "digits",
     "ipc": 1,
     "model": {"width": 16},
-    "method": {"num_frequencies": 64, "num_components": 8, "real_batch": 64},
+    "method": {
+        "num_frequencies": 64,
+        "num_components": 8,
+        "real_batch": 64,
+        "steps": 10_000_000,
+    },
     "teachers": {"count": 2, "training": {"epochs": 2}},
-    "evaluate": [{"students": 1, "tests": 1, "training": {"epochs": 2}}],
-    "full_data": {"students": 1, "training": {"epochs": 1}},
     "resources": {"cpus": 1},
-    "checkpoint": {"every_steps": 100_000, "every_seconds": 3600.0},
+    "checkpoint": {"every_steps": 1_000_000, "every_seconds": 3600.0},
 }
+BEGIN_S = 120.0
+SETTLING_S = 3.0
+"""Not counted at the start of each block: what the server does when it goes on, and the status, written once a second."""
+LOOK_EVERY_S = 0.1
 
 
 @contextmanager
-def hole() -> Iterator[str]:
-    """URL of a server that accepts every connection and never says a word."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(512)
-        kept: list[socket.socket] = []
-
-        def accept() -> None:
-            while True:
-                try:
-                    kept.append(listening.accept()[0])
-                except OSError:
-                    return
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        for each in kept:
-            each.close()
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[list[psutil.Process]]:
+    """The process with all its descendants as of now, which end with it."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    try:
+        yield family
+    finally:
+        with suppress(psutil.Error):
+            family += psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        for each in family:
+            with suppress(psutil.Error):
+                each.kill()
+        process.wait()
 
 
-def ratios(home: Path, *, pairs: int, steps: int) -> list[float]:
-    """Steps a second with a silent MLflow over those without any, pair by pair."""
-    spec, short = home / "job.json", home / "short.json"
-    for path, number in ((spec, steps), (short, 1)):
-        path.write_text(json.dumps(JOB | {"method": {**JOB["method"], "steps": number}}))
-    first = home / "first"
-    _rate(short, first, None)
-    root = Storage(str(first))
-    # The teachers stay, all else is made again.
-    root.delete([path for path in root.list("results") if _stage(root, path) != "teachers"])
-    found = []
-    with hole() as url:
-        for pair in range(pairs):
-            storages = [home / f"{pair}-{name}" for name in ("without", "with")]
-            for storage in storages:
-                shutil.copytree(first, storage)
-            # Each goes first in every other pair.
-            rates = {n: _rate(spec, storages[n], url if n else None) for n in ((0, 1) if pair % 2 else (1, 0))}
-            found.append(rates[1] / rates[0])
-    return found
+@contextmanager
+def _mlflow(home: Path) -> Iterator[tuple[str, list[psutil.Process]]]:
+    """A server of its own and its processes."""
+    port = ports.choose(())
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "files")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=home)
+    until = time.monotonic() + BEGIN_S
+    while True:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health").status_code == 200:
+                break
+        if time.monotonic() > until:
+            process.kill()
+            raise RuntimeError("MLflow does not answer")
+        time.sleep(LOOK_EVERY_S)
+    with _ended(process) as family:
+        yield url, family
+
+
+def ratios(home: Path, *, rounds: int, seconds: float) -> list[float]:
+    """Steps a second while MLflow is stopped over those while it answers, each block against the mean of its two neighbours."""
+    spec, storage = home / "job.json", Storage(str(home / "storage"))
+    spec.write_text(json.dumps(JOB))
+    command = [sys.executable, "-m", "worker", "run", str(spec), "--storage", storage.url, "--job-id", "job"]
+    with _mlflow(home) as (url, server):
+        driver = subprocess.Popen(
+            [*command, "--mlflow", url],
+            env=CLEAN | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        with _ended(driver):
+            _until_it_is_tracked(storage, driver)
+            rates = []
+            for block in range(2 * rounds + 1):
+                for each in server:
+                    each.send_signal(signal.SIGSTOP if block % 2 else signal.SIGCONT)
+                rates.append(_rate(storage, seconds))
+    return [rates[n] / statistics.fmean((rates[n - 1], rates[n + 1])) for n in range(1, len(rates), 2)]
 
 
 def summary(found: list[float]) -> dict[str, object]:
@@ -82,34 +110,38 @@ def summary(found: list[float]) -> dict[str, object]:
     mean = statistics.fmean(found)
     shown = {"mean": round(mean, 4), "standard_error": round(error, 4), "median": round(statistics.median(found), 4)}
     return {
-        "step_rate": shown | {"pairs": [round(each, 4) for each in found]},
+        "step_rate": shown | {"blocks": [round(each, 4) for each in found]},
         "bar": ">= 0.98",
         "reached": mean >= 0.98,
     }
 
 
-def _rate(spec: Path, storage: Path, mlflow: str | None) -> float:
-    """Steps a second of one run."""
-    command = [sys.executable, "-m", "worker", "run", str(spec), "--storage", str(storage), "--job-id", "job"]
-    run = subprocess.run(
-        command + (["--mlflow", mlflow] if mlflow else []),
-        env=CLEAN | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if run.returncode:
-        raise RuntimeError(run.stderr[-4000:])
-    root = Storage(str(storage))
-    for path in root.list("results"):
-        result = root.get_record(path, StageResult)
-        if result is not None and result.stage == "distill":
-            rate = result.figures["steps_per_second"]
-            assert isinstance(rate, float)
-            return rate
-    raise RuntimeError("the run left no set")
+def _until_it_is_tracked(storage: Storage, driver: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + BEGIN_S
+    while time.monotonic() < until and driver.poll() is None:
+        status = _status(storage)
+        if status is not None and status.stage == "distill" and status.completed and status.mlflow_run_id:
+            return
+        time.sleep(LOOK_EVERY_S)
+    raise RuntimeError("no step of a distillation with a run in MLflow")
 
 
-def _stage(root: Storage, path: str) -> str:
-    result = root.get_record(path, StageResult)
-    return result.stage if result is not None else ""
+def _rate(storage: Storage, seconds: float) -> float:
+    """Steps a second of the next block."""
+    time.sleep(SETTLING_S)
+    first = _next(storage)
+    time.sleep(seconds - SETTLING_S)
+    last = _next(storage)
+    return (last.completed - first.completed) / (last.heartbeat_at - first.heartbeat_at).total_seconds()
+
+
+def _next(storage: Storage) -> AttemptStatus:
+    """The first status that is written from now on."""
+    before = _status(storage)
+    while (status := _status(storage)) is None or status == before:
+        time.sleep(LOOK_EVERY_S)
+    return status
+
+
+def _status(storage: Storage) -> AttemptStatus | None:
+    return storage.get_record(attempt_path("job", 1, "status.json"), AttemptStatus)
