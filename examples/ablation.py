@@ -4,8 +4,9 @@
         '{"sampler": "gaussian", "calibration_weight": 10}' '{"sampler": "scale_mixture", "calibration_weight": 10}'
 
 Each variant is laid over the method of `preset: quick`; `{"baseline": "random_real"}`, `herding`, `k_center` and `full` stand for
-themselves. With --held-out a fifth of the training data judges, and the test set is
-never looked at: choose there, then run the chosen ones without it.
+themselves. With --held-out a fifth of the training data judges, and the test set is never looked at: choose there, then run the
+chosen ones without it. With --at 150,300 a line also holds what a distillation reported on its way, and the accuracy that its
+images gave at these steps (`curves.py` draws them).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def judged(dataset: Dataset, spec: JobSpec, images: torch.Tensor, labels: torch.
     return finish(steps).last
 
 
-def run(dataset: Dataset, spec: JobSpec, folder: Path, baseline: str | None) -> dict[str, Any]:
+def run(dataset: Dataset, spec: JobSpec, folder: Path, baseline: str | None, at: Sequence[int]) -> dict[str, Any]:
     if baseline == "full":
         full = spec.full_data
         entry = spec.evaluate[0].model_copy(update={"training": full.training, "students": full.students})
@@ -76,7 +78,6 @@ def run(dataset: Dataset, spec: JobSpec, folder: Path, baseline: str | None) -> 
         accuracies = judged(dataset, spec, dataset.train_images, dataset.train_labels)
         return {"accuracy": statistics.fmean(accuracies), "students": accuracies, "distill_seconds": 0.0}
     pool = teachers(dataset, spec, folder)
-    started = time.perf_counter()
     if baseline is not None:
         if baseline == "random_real":
             images, labels = random_real(dataset, ipc=spec.ipc, seed=spec.seed)
@@ -85,11 +86,22 @@ def run(dataset: Dataset, spec: JobSpec, folder: Path, baseline: str | None) -> 
         accuracies = judged(dataset, spec, images, labels)
         return {"accuracy": statistics.fmean(accuracies), "students": accuracies, "distill_seconds": 0.0}
     task = Distillation(dataset, pool, spec.method, ipc=spec.ipc, seed=spec.seed, device=CPU)
-    for _ in task.run():
-        pass
-    seconds = time.perf_counter() - started
-    accuracies = judged(dataset, spec, *task.result().decode())
-    return {"accuracy": statistics.fmean(accuracies), "students": accuracies, "distill_seconds": round(seconds, 1)}
+    reports: list[dict[str, float]] = []
+    judgements: list[dict[str, Any]] = []
+    seconds = 0.0
+    for until in sorted({*at, task.total}):
+        started = time.perf_counter()
+        reports += [{"step": report.completed} | report.metrics for report in task.run(until)]
+        task.end_here()
+        seconds += time.perf_counter() - started
+        accuracies = judged(dataset, spec, *task.result().decode())
+        judgements.append({"step": until, "accuracy": statistics.fmean(accuracies), "students": accuracies})
+    curves = {"reports": reports, "judgements": judgements} if at else {}
+    return {
+        "accuracy": judgements[-1]["accuracy"],
+        "students": judgements[-1]["students"],
+        "distill_seconds": round(seconds, 1),
+    } | curves
 
 
 def main() -> None:
@@ -102,6 +114,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("ablation-cache"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--at", type=lambda text: [int(step) for step in text.split(",")], default=[])
     parser.add_argument("--base", type=json.loads, default={}, help="submission that every variant shares")
     parser.add_argument("variants", nargs="+", type=json.loads)
     asked = parser.parse_args()
@@ -128,7 +141,9 @@ def main() -> None:
                 "seed": seed,
                 "variant": asked.base.get("method", {}) | variant,
             }
-            line |= {"held_out": asked.held_out, "torch": torch.__version__} | run(dataset, spec, asked.cache, baseline)
+            line |= {"held_out": asked.held_out, "torch": torch.__version__} | run(
+                dataset, spec, asked.cache, baseline, asked.at
+            )
             with asked.out.open("a") as out:
                 out.write(json.dumps(line) + "\n")
             sys.stdout.write(f"{seed} {variant} {line['accuracy']:.2f} in {line['distill_seconds']} s\n")
