@@ -6,7 +6,8 @@
 Each variant is laid over the method of `preset: quick`; `{"baseline": "random_real"}`, `herding`, `k_center` and `full` stand for
 themselves. With --held-out a fifth of the training data judges, and the test set is never looked at: choose there, then run the
 chosen ones without it. With --at 150,300 a line also holds what a distillation reported on its way, and the accuracy that its
-images gave at these steps (`curves.py` draws them).
+images gave at these steps (`curves.py` draws them). With --fine-tune 50,200 the finished images go on by the calibration term
+alone, at a tenth of the rate, and are judged after so many updates too.
 """
 
 from __future__ import annotations
@@ -70,7 +71,32 @@ def judged(dataset: Dataset, spec: JobSpec, images: torch.Tensor, labels: torch.
     return finish(steps).last
 
 
-def run(dataset: Dataset, spec: JobSpec, folder: Path, baseline: str | None, at: Sequence[int]) -> dict[str, Any]:
+def judgement(dataset: Dataset, spec: JobSpec, task: Distillation) -> dict[str, Any]:
+    """Of the images as they are now; the task may go on afterwards."""
+    task.end_here()
+    accuracies = judged(dataset, spec, *task.result().decode())
+    return {"step": task.step, "accuracy": statistics.fmean(accuracies), "students": accuracies}
+
+
+def fine_tuned(
+    dataset: Dataset, spec: JobSpec, pool: TeacherPool, images: torch.Tensor, at: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Judgements of images that go on without the discrepancy."""
+    changes = {"discrepancy_weight": 0.0, "steps": max(at), "image_lr": spec.method.image_lr / 10}
+    task = Distillation(dataset, pool, spec.method.model_copy(update=changes), ipc=spec.ipc, seed=spec.seed, device=CPU)
+    with torch.no_grad():
+        task.synthetic.images.copy_(images)
+    found = []
+    for until in sorted(at):
+        for _ in task.run(until):
+            pass
+        found.append(judgement(dataset, spec, task))
+    return found
+
+
+def run(
+    dataset: Dataset, spec: JobSpec, folder: Path, baseline: str | None, at: Sequence[int], fine_tune: Sequence[int]
+) -> dict[str, Any]:
     if baseline == "full":
         full = spec.full_data
         entry = spec.evaluate[0].model_copy(update={"training": full.training, "students": full.students})
@@ -87,21 +113,24 @@ def run(dataset: Dataset, spec: JobSpec, folder: Path, baseline: str | None, at:
         return {"accuracy": statistics.fmean(accuracies), "students": accuracies, "distill_seconds": 0.0}
     task = Distillation(dataset, pool, spec.method, ipc=spec.ipc, seed=spec.seed, device=CPU)
     reports: list[dict[str, float]] = []
-    judgements: list[dict[str, Any]] = []
+    judgements = []
     seconds = 0.0
     for until in sorted({*at, task.total}):
         started = time.perf_counter()
         reports += [{"step": report.completed} | report.metrics for report in task.run(until)]
-        task.end_here()
         seconds += time.perf_counter() - started
-        accuracies = judged(dataset, spec, *task.result().decode())
-        judgements.append({"step": until, "accuracy": statistics.fmean(accuracies), "students": accuracies})
-    curves = {"reports": reports, "judgements": judgements} if at else {}
-    return {
-        "accuracy": judgements[-1]["accuracy"],
-        "students": judgements[-1]["students"],
-        "distill_seconds": round(seconds, 1),
-    } | curves
+        judgements.append(judgement(dataset, spec, task))
+    last = judgements[-1]
+    line = {"accuracy": last["accuracy"], "students": last["students"], "distill_seconds": round(seconds, 1)}
+    if at:
+        line |= {"reports": reports, "judgements": judgements}
+    if fine_tune:
+        line["fine_tuned"] = fine_tuned(dataset, spec, pool, task.synthetic.images.detach(), fine_tune)
+    return line
+
+
+def steps(text: str) -> list[int]:
+    return [int(step) for step in text.split(",")]
 
 
 def main() -> None:
@@ -114,7 +143,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("ablation-cache"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--held-out", action="store_true")
-    parser.add_argument("--at", type=lambda text: [int(step) for step in text.split(",")], default=[])
+    parser.add_argument("--at", type=steps, default=[])
+    parser.add_argument("--fine-tune", type=steps, default=[])
     parser.add_argument("--base", type=json.loads, default={}, help="submission that every variant shares")
     parser.add_argument("variants", nargs="+", type=json.loads)
     asked = parser.parse_args()
@@ -142,7 +172,7 @@ def main() -> None:
                 "variant": asked.base.get("method", {}) | variant,
             }
             line |= {"held_out": asked.held_out, "torch": torch.__version__} | run(
-                dataset, spec, asked.cache, baseline, asked.at
+                dataset, spec, asked.cache, baseline, asked.at, asked.fine_tune
             )
             with asked.out.open("a") as out:
                 out.write(json.dumps(line) + "\n")
