@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from sqlalchemy import Select, select
 
 from service.database import Database
-from service.store import Filter, filtered
+from service.filtering import Filter, filtered
 from service.tables import jobs
 
 Order = Literal["newest", "oldest"]

@@ -7,25 +7,26 @@ place, nothing of it is applied.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import JsonValue
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ncfm_core.errors import NcfmError
 from service.database import StoreError
-from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, check_move, earliest_id, latest_id
+from service.filtering import Filter, filtered
+from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, check_move
 from service.leases import check_fence
 from service.sightings import Sighting, Sightings
 from service.tables import UtcDateTime, attempts, events, idempotency, jobs
 from worker.records import now
 
-__all__ = ["CONTROLLER", "Actor", "Filter", "IdempotencyKey", "KeyReused", "Sighting", "Store"]
+__all__ = ["CONTROLLER", "Actor", "IdempotencyKey", "KeyReused", "Sighting", "Store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +57,6 @@ class KeyReused(NcfmError):
     """An idempotency key came again with another request."""
 
     code = "idempotency_key_reused"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Filter:
-    """Which jobs a list has: all of what is set must hold."""
-
-    states: Sequence[State] = ()
-    owner: str | None = None
-    dataset: str | None = None
-    method: str | None = None
-    labels: Mapping[str, str] | None = None
-    created_after: datetime | None = None
-    created_before: datetime | None = None
 
 
 class Store(Sightings):
@@ -327,24 +315,6 @@ class Store(Sightings):
             if kind == "state":
                 _keep_attempt(connection, changed, at, self.fence or 0)
         return changed
-
-
-def filtered(query: Select[Any], wanted: Filter) -> Select[Any]:
-    """A query of jobs, narrowed to the wanted ones that are not deleted."""
-    query = query.where(jobs.c.deleted_at.is_(None))
-    if wanted.states:
-        query = query.where(jobs.c.state.in_(wanted.states))
-    for name in ("owner", "dataset", "method"):
-        value = getattr(wanted, name)
-        if value is not None:
-            query = query.where(jobs.c[name] == value)
-    for label, value in (wanted.labels or {}).items():
-        query = query.where(jobs.c.labels[label].as_string() == value)
-    if wanted.created_after is not None:
-        query = query.where(jobs.c.created_at > wanted.created_after, jobs.c.id >= earliest_id(wanted.created_after))
-    if wanted.created_before is not None:
-        query = query.where(jobs.c.created_at < wanted.created_before, jobs.c.id < latest_id(wanted.created_before))
-    return query
 
 
 def _keep_attempt(connection: Connection, job: Job, at: datetime, fence: int) -> None:

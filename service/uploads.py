@@ -18,8 +18,9 @@ from sqlalchemy import Row, and_, insert, or_, select, update
 
 from ncfm_core.errors import NcfmError
 from service.database import Database
+from service.filtering import Filter
 from service.jobs import Job, State
-from service.store import Filter, Store
+from service.store import Store
 from service.tables import uploads
 from worker.locations import UPLOAD, upload_path
 from worker.records import now

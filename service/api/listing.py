@@ -18,9 +18,9 @@ from service.api.envelope import LABEL_KEY, MAX_LABEL_CHARS
 from service.api.errors import InvalidParameter
 from service.api.models import JobList, JobSummary, Mean, ProgressBody
 from service.api.openapi import problems
+from service.filtering import Filter
 from service.jobs import Progress, State
 from service.listing import Order, summaries
-from service.store import Filter
 
 router = APIRouter(tags=["jobs"])
 

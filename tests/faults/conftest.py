@@ -15,11 +15,12 @@ import psutil
 import pytest
 
 from service.client import Client
+from service.filtering import Filter
 from service.jobs import State
 from service.local.state import Home, StackState
 from service.local.sweep import find
 from service.replies import Job
-from service.store import Filter, Store
+from service.store import Store
 from tests.faults.checker import check
 from worker.records import StageResult
 from worker.storage import Storage

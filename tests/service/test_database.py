@@ -11,8 +11,9 @@ from sqlalchemy import event, text
 
 from ncfm_core.submission import resolve
 from service.database import Database, StoreError, StoreFullError
+from service.filtering import Filter
 from service.jobs import Job, Reason, State, new_job_id
-from service.store import Filter, Sighting, Store
+from service.store import Sighting, Store
 from tests.postgres import Postgres
 from worker.records import now
 

@@ -12,8 +12,9 @@ from pydantic import JsonValue
 
 from ncfm_core.submission import resolve
 from service.database import StoreError
+from service.filtering import Filter
 from service.jobs import IllegalMove, Job, Progress, Reason, State, new_job_id
-from service.store import Filter, Sighting, Store
+from service.store import Sighting, Store
 from worker.records import now
 
 DOCUMENT: dict[str, JsonValue] = {"dataset": "digits", "ipc": 1}
