@@ -125,11 +125,11 @@ def _complete(document: Mapping[str, JsonValue]) -> tuple[Document, DatasetFacts
     name = _preset(document, facts)
     given: Document = dict(document) | {name: _named(document[name]) for name in _NAMED if name in document}
     evaluations = given.pop("evaluate", None)
-    base, fill = presets.preset(name, facts), partial(_model, preset=name, facts=facts)
+    ipc = given.get("ipc")
+    base, fill = presets.preset(name, facts, ipc), partial(_model, preset=name, facts=facts)
     complete: Document = overlay(base, given)
     if "model" in given:
         complete["model"] = fill(given["model"], base["model"])
-    ipc = complete.get("ipc")
     complete["evaluate"] = _evaluations(
         evaluations,
         presets.evaluation(name, facts, ipc),

@@ -36,6 +36,17 @@ def test_paper_preset_has_the_published_values() -> None:
     assert (spec.evaluate[0].training.epochs, spec.evaluate[0].students) == (2000, 10)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "ipc", "scale", "weight"),
+    [("digits", 1, 1.0, 10.0), ("digits", 5, 3.0, 1.0), ("cifar10", 1, 1.0, 30.0), ("cifar10", 10, 1.0, 10.0)],
+)
+def test_quick_preset_weighs_by_images_per_class(dataset: str, ipc: int, scale: float, weight: float) -> None:
+    method = resolve({"dataset": dataset, "ipc": ipc, "preset": "quick"}).method
+    assert (method.frequency_scale, method.calibration_weight) == (scale, weight)
+    named = resolve({"dataset": dataset, "ipc": ipc, "preset": "quick", "method": {"calibration_weight": 2}}).method
+    assert (named.frequency_scale, named.calibration_weight) == (scale, 2)
+
+
 def test_minmax_is_the_default_everywhere() -> None:
     for name, facts in DATASETS.items():
         for preset in facts.presets:
