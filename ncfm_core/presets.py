@@ -129,7 +129,7 @@ def _quick(facts: DatasetFacts, ipc: JsonValue) -> Document:
     if small:
         scale, calibration = (1.0, 10.0) if ipc == 1 else (3.0, 1.0)
     else:
-        scale, calibration = 1.0, 30.0 if ipc == 1 else 10.0
+        scale, calibration = 1.0, 30.0 if ipc == 1 and facts.channels == 3 else 10.0
     quick: Document = {
         "method": {
             "steps": 1000 if small else 600,

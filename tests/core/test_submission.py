@@ -38,7 +38,13 @@ def test_paper_preset_has_the_published_values() -> None:
 
 @pytest.mark.parametrize(
     ("dataset", "ipc", "scale", "weight"),
-    [("digits", 1, 1.0, 10.0), ("digits", 5, 3.0, 1.0), ("cifar10", 1, 1.0, 30.0), ("cifar10", 10, 1.0, 10.0)],
+    [
+        ("digits", 1, 1.0, 10.0),
+        ("digits", 5, 3.0, 1.0),
+        ("fashion-mnist", 1, 1.0, 10.0),
+        ("cifar10", 1, 1.0, 30.0),
+        ("cifar10", 10, 1.0, 10.0),
+    ],
 )
 def test_quick_preset_weighs_by_images_per_class(dataset: str, ipc: int, scale: float, weight: float) -> None:
     method = resolve({"dataset": dataset, "ipc": ipc, "preset": "quick"}).method
