@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -22,11 +23,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-SHORT = ("discrepancy", "sampler", "sampler_objective", "sampler_lr", "frequency_scale", "calibration_weight")
+NAMES = {
+    "discrepancy": "",
+    "sampler": "",
+    "sampler_objective": "",
+    "sampler_lr": "rate ",
+    "frequency_scale": "s ",
+    "calibration_weight": "c ",
+}
 
 
 def label(variant: dict[str, Any]) -> str:
-    return ", ".join(str(variant[name]) for name in SHORT if name in variant)
+    return ", ".join(f"{short}{variant[name]}" for name, short in NAMES.items() if name in variant)
 
 
 def mean_by_step(runs: list[dict[str, Any]], metric: str) -> tuple[list[float], list[float]]:
@@ -64,11 +72,14 @@ def main() -> None:
     for name, runs in variants.items():
         draw_accuracy(accuracy, runs, name)
         discrepancy.plot(*mean_by_step(runs, "discrepancy"), label=name)
-        gain.plot(*mean_by_step(runs, "psi_gain"), label=name)
+        steps, gains = mean_by_step(runs, "psi_gain")
+        # A Gaussian has nothing to gain; its line only keeps the colours in step.
+        gain.plot(steps, gains if any(gains) else [math.nan] * len(steps), label=name)
     judged = "held-out training images" if lines[0]["held_out"] else "test images"
     accuracy.set_title(f"accuracy on {judged}, %")
     discrepancy.set_title("gap under the sampler's own frequencies, class mean")
     gain.set_title("what psi's ascent adds to its objective, each draw")
+    gain.set_yscale("log")
     for axes in (accuracy, discrepancy, gain):
         axes.set_xlabel("image updates")
         axes.grid(alpha=0.3)
