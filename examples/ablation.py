@@ -161,7 +161,8 @@ def main() -> None:
             body["method"] = asked.base.get("method", {}) | chosen
             body["evaluate"] = [{"students": asked.students}]
             spec = resolve(body)
-            key = digest([spec.document(), asked.held_out, baseline])
+            looks = [asked.at, asked.fine_tune] if asked.at or asked.fine_tune else []
+            key = digest([spec.document(), asked.held_out, baseline, *looks])
             if key in done:
                 continue
             line = {

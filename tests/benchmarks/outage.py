@@ -44,15 +44,25 @@ SETTLING_S = 3.0
 LOOK_EVERY_S = 0.1
 
 
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The process with its descendants as of now; nobody where it has ended."""
+    with suppress(psutil.Error):
+        first = psutil.Process(process.pid)
+        return [first, *first.children(recursive=True)]
+    return []
+
+
 @contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[list[psutil.Process]]:
-    """The process with all its descendants as of now, which end with it."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+def _running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A quiet process, which ends with all its descendants."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
     try:
-        yield family
+        yield process
     finally:
-        with suppress(psutil.Error):
-            family += psutil.Process(process.pid).children(recursive=True)
+        family = _family(process)
+        for each in family:
+            with suppress(psutil.Error):
+                each.send_signal(signal.SIGCONT)
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(30)
@@ -69,18 +79,19 @@ def _mlflow(home: Path) -> Iterator[tuple[str, list[psutil.Process]]]:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "files")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=home)
-    until = time.monotonic() + BEGIN_S
-    while True:
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health").status_code == 200:
-                break
-        if time.monotonic() > until:
-            process.kill()
-            raise RuntimeError("MLflow does not answer")
-        time.sleep(LOOK_EVERY_S)
-    with _ended(process) as family:
-        yield url, family
+    with _running(command, cwd=home) as process:
+        until = time.monotonic() + BEGIN_S
+        while not _answers(url):
+            if time.monotonic() > until:
+                raise RuntimeError("MLflow does not answer")
+            time.sleep(LOOK_EVERY_S)
+        yield url, _family(process)
+
+
+def _answers(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/health").status_code == 200
+    return False
 
 
 def ratios(home: Path, *, rounds: int, seconds: float) -> list[float]:
@@ -89,13 +100,7 @@ def ratios(home: Path, *, rounds: int, seconds: float) -> list[float]:
     spec.write_text(json.dumps(JOB))
     command = [sys.executable, "-m", "worker", "run", str(spec), "--storage", storage.url, "--job-id", "job"]
     with _mlflow(home) as (url, server):
-        driver = subprocess.Popen(
-            [*command, "--mlflow", url],
-            env=CLEAN | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        with _ended(driver):
+        with _running([*command, "--mlflow", url], env=CLEAN | {"OMP_NUM_THREADS": "1"}) as driver:
             _until_it_is_tracked(storage, driver)
             rates = []
             for block in range(2 * rounds + 1):
@@ -137,8 +142,10 @@ def _rate(storage: Storage, seconds: float) -> float:
 
 def _next(storage: Storage) -> AttemptStatus:
     """The first status that is written from now on."""
-    before = _status(storage)
+    before, until = _status(storage), time.monotonic() + BEGIN_S
     while (status := _status(storage)) is None or status == before:
+        if time.monotonic() > until:
+            raise RuntimeError("the driver says no more")
         time.sleep(LOOK_EVERY_S)
     return status
 
