@@ -226,7 +226,7 @@ def test_api_when_postgresql_restarts_refuses_meanwhile_and_recovers_soon(
                 server.start()
                 back = time.monotonic()
                 while not all(each.answered_at and each.answered_at[-1] > back for each in writers.members):
-                    assert time.monotonic() - back < RECOVERY_LIMIT_S
+                    assert time.monotonic() - back < (RECOVERY_LIMIT_S if is_long else 30)
                     time.sleep(0.02)
             writers.end()
         assert all(each.refusals for each in writers.members)

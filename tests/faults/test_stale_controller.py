@@ -16,7 +16,7 @@ from tests.faults.ray_twin import succeeds, succeeds_at_the_second_attempt
 
 pytestmark = pytest.mark.e2e
 
-LEASE_S = 2.0
+LEASE_S = 6.0
 APPLIED = re.compile(r"job \w+ is |is handed to Ray|is asked to|waits: ")
 """What a controller says once it has done something."""
 
@@ -42,7 +42,7 @@ def test_nothing_of_a_controller_is_applied_when_it_was_stopped_and_another_took
         post_for(2 + random.random())
         site.stop_between_writes(stale)
         said_before = len(site.said("stale.log"))
-        site.until(lambda: "active one (fence 2)" in site.said("other.log"), LEASE_S + 10)
+        site.until(lambda: "active one (fence 2)" in site.said("other.log"), LEASE_S + 30)
         taken_over = {job_id: len(site.store.attempts(job_id)) for job_id in site.acknowledged}
         post_for(pause_s)
         stale.send_signal(signal.SIGCONT)
@@ -60,9 +60,12 @@ def test_nothing_of_a_controller_is_applied_when_it_was_stopped_and_another_took
             if row.number > taken_over.get(job_id, 0)
         ]
         assert len(later) > pause_s
-        assert {row.fence for row in later} == {2}
+        # A busy machine may let the other's lease lapse as well; the stale one's token is never used again.
+        assert 1 not in {row.fence for row in later}
         lease = acquire(site.store, "a third", seconds=LEASE_S)
-        assert (lease.token, f":{other.pid}:" in lease.holder) == (2, True)
+        assert lease.token >= 2
+        if lease.token == 2:
+            assert f":{other.pid}:" in lease.holder
         assert site.check() == len(site.acknowledged)
     finally:
         site.close()

@@ -288,6 +288,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         while not is_ready() and time.monotonic() < deadline:
             assert process.poll() is None, (home / "ray.log").read_text()
             time.sleep(0.2)
+        assert is_ready(), (home / "ray.log").read_text()
     yield cluster
     cluster.close()
     sweep(stack_id, term_wait_s=0)
@@ -361,6 +362,7 @@ def test_real_head_tells_what_is_left_of_a_job(head: Cluster, tmp_path: Path) ->
     head.stop("left-1")
 
     assert wait_for_end(head, "left-1").status == "STOPPED"
+    deadline = time.monotonic() + 60
     while head.remains("left-1"):
         assert time.monotonic() < deadline, head.remains("left-1")
         time.sleep(0.2)

@@ -341,7 +341,7 @@ def test_run_when_asked_to_stop_ends_at_once_and_tells_what_it_saw(world: World)
     began = time.monotonic()
     stop.set()
     thread.join()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 15, "half a poll"
     sighting = world.store.sighting()
     assert sighting is not None
     assert (sighting.cpus, sighting.gpus, sighting.ray_error) == (2, 0, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -74,10 +73,10 @@ def test_cancel_when_a_second_one_forces_it_does_not_wait(world: World) -> None:
 
 def test_cancel_when_the_grace_is_over_has_ray_stop_it(world: World) -> None:
     job = world.running()
-    world.cancel(job, asked(seconds_ago=4.0, grace_seconds=5.0))
+    cancelling = world.cancel(job, asked(seconds_ago=1.0, grace_seconds=60.0))
     world.rounds(job, n=2)
     assert world.cluster.stops == []
-    time.sleep(1.1)
+    world.store.note(world.job(cancelling), "changed", {}, cancel=asked(seconds_ago=61.0, grace_seconds=60.0))
     world.rounds(job, n=1)
     assert world.cluster.stops == [f"{job.id}-1"]
 

@@ -19,6 +19,7 @@ from service.client import Client, ClientError, ServiceAway
 from service.connection import NotNow
 from service.jobs import Progress, Reason, State
 from service.messages import Message, parse
+from service.replies import Job
 from service.store import Store
 from tests.service.world import move
 from worker.records import attempt_path
@@ -126,9 +127,13 @@ def test_watch_when_the_stream_breaks_goes_on_where_it_was() -> None:
 def test_watch_follows_a_real_job_to_its_end(api: Client, api_store: Store) -> None:
     job_id = api.submit(SMALLEST).id
     progress = Progress(stage="distill", completed=5, total=10, unit="step")
-    later(0.4, lambda: move(api_store, job_id, State.STARTING, State.RUNNING, progress=progress))
-    later(0.9, lambda: move(api_store, job_id, State.FAILED))
-    looks = list(api.watch(job_id))
+    looks: list[Job] = []
+    for look in api.watch(job_id):
+        if not looks:
+            move(api_store, job_id, State.STARTING, State.RUNNING, progress=progress)
+        elif look.state == "running" and not any(each.state == "running" for each in looks):
+            move(api_store, job_id, State.FAILED)
+        looks.append(look)
     assert (looks[0].state, looks[-1].state) == ("queued", "failed")
     assert any(job.progress and job.progress.percent == 50 for job in looks)
 

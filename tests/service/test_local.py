@@ -205,6 +205,8 @@ def test_guardian_sweeps_when_the_supervisor_is_gone(stack_id: str, tmp_path: Pa
     folder = tmp_path / "ray"
     folder.mkdir()
     worker = spawn(stack_id, STUBBORN)
+    assert worker.stdout is not None
+    worker.stdout.readline()
     guardian = subprocess.Popen(
         [sys.executable, "-m", "service.local.sweep", stack_id, str(folder)], stdin=subprocess.PIPE
     )

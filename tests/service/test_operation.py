@@ -124,10 +124,10 @@ def test_text_without_a_secret_stays_as_it_is(text: str) -> None:
 
 def test_redaction_of_hostile_text_takes_no_time() -> None:
     patterns = ("http://", "a", "key_", "?token", "-----BEGIN PRIVATE KEY-----", "x-amz-", "bearer ", "a.b", "token:")
-    began = time.perf_counter()
+    began = time.process_time()
     for pattern in patterns:
         redact(pattern * (100_000 // len(pattern)))
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3
 
 
 def test_error_when_recorded_holds_no_secret() -> None:
@@ -259,7 +259,7 @@ def test_api_when_told_to_end_refuses_what_is_new_and_is_gone_within_ten_seconds
         began = time.monotonic()
         api.process.send_signal(signal.SIGTERM)
         status, retry_after = 201, None
-        while status == 201 and time.monotonic() < began + 2:
+        while status == 201 and time.monotonic() < began + 6:
             kept.request("POST", "/jobs", json.dumps(SMALLEST), {"Content-Type": "application/json"})
             reply = kept.getresponse()
             status, retry_after = reply.status, reply.headers["Retry-After"]

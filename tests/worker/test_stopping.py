@@ -17,7 +17,7 @@ REQUEST = StopRequest(checkpoint=True, requested_at=now())
 
 
 def eventually(true: Callable[[], object]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 20
     while not true():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
@@ -32,7 +32,7 @@ def test_request_is_noticed_while_open() -> None:
         storage.put_record(attempt_path("J", 2, "stop.json"), REQUEST)
         started = time.monotonic()
         eventually(watch.asked)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
         assert watch.asked() == REQUEST
         with pytest.raises(StoppedError):
             watch.check()
