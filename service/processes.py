@@ -17,7 +17,7 @@ class RayPorts:
     """Ports of a Ray head that shares its machine with others; a container keeps Ray's own."""
 
     node_ip: str
-    """127.0.0.2 keeps a head on the loopback interface; Ray rewrites 127.0.0.1."""
+    """On this machine alone: 127.0.0.1, for any other address has Ray's servers listen on every interface."""
     gcs: int
     client: int
 
@@ -119,6 +119,9 @@ def environments(layout: Layout) -> dict[ProcessName, Mapping[str, str]]:
     if layout.ray_token_path is not None:
         ray["RAY_AUTH_TOKEN_PATH"] = layout.ray_token_path
         service["NCFM_RAY_TOKEN_PATH"] = layout.ray_token_path
+    if layout.ray_ports is not None:
+        # What Ray has for machines that must not be clusters: 127.0.0.1 stays as it is, and its servers listen there alone.
+        ray["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if layout.ray_tmpdir is not None:
         ray["RAY_TMPDIR"] = layout.ray_tmpdir
     api = service | {"NCFM_HOST": layout.bind, "NCFM_PORT": str(layout.api_port)}

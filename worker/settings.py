@@ -114,8 +114,9 @@ def prepare_trial() -> None:
 
 
 def prepare_own_ray() -> None:
-    """Let a Ray cluster of this process's own ask for a token that only this process and its workers know."""
+    """Let a Ray cluster of this process's own listen on 127.0.0.1, for a token that only it and its workers know."""
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for one machine: its servers listen on 127.0.0.1 alone

@@ -38,7 +38,10 @@ def test_ports_reach_the_commands_when_laid_out(layout: Layout) -> None:
 
 def test_everything_stays_on_loopback_when_laid_out(layout: Layout) -> None:
     assert layout.bind == "127.0.0.1"
-    assert option(commands(layout)["ray"], "--node-ip-address").startswith("127.")
+    # Both are needed: without the variable Ray rewrites 127.0.0.1, and with another address it listens everywhere.
+    assert option(commands(layout)["ray"], "--node-ip-address") == "127.0.0.1"
+    assert environments(layout)["ray"]["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in environments(replace(layout, ray_ports=None))["ray"]
     assert "NCFM_PUBLIC_HOSTS" not in environments(layout)["api"]
 
 
