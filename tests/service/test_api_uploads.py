@@ -286,6 +286,45 @@ def test_upload_of_another_key_may_not_be_removed(tmp_path: Path) -> None:
             assert reply.status_code == status
 
 
+def test_upload_of_several_keys_is_removed_by_each_for_itself(tmp_path: Path) -> None:
+    app = create_app(Settings(home=tmp_path))
+    keys = Keys(app.state.store)
+    made = {name: keys.create(name, "submit", expires_at=None)[1] for name in ("first", "second")}
+    made["admin"] = keys.create("admin", "admin", expires_at=None)[1]
+    ids = {name: token.split("_")[1] for name, token in made.items()}
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+
+        def ask(name: str, method: str = "GET") -> httpx.Response:
+            headers = {"Authorization": f"Bearer {made[name]}"}
+            return client.request(method, f"/datasets/{sha256(archive())}", headers=headers)
+
+        def post(name: str) -> httpx.Response:
+            headers = {"Authorization": f"Bearer {made[name]}"} | ZIP
+            return client.post("/datasets", params={"name": f"of {name}"}, content=archive(), headers=headers)
+
+        assert [post(name).status_code for name in ("first", "second")] == [201, 200]
+        assert post("second").json()["owners"] == [ids["first"], ids["second"]]
+        assert ask("first", "DELETE").status_code == 204
+        left = ask("first").json()
+        assert (left["owner"], left["owners"], left["name"]) == (ids["second"], [ids["second"]], "of second")
+        assert ask("first", "DELETE").status_code == 403
+        assert post("first").status_code == 200
+        assert ask("admin", "DELETE").status_code == 204
+        assert ask("second").status_code == 404
+        assert post("admin").status_code == 201 and post("second").status_code == 200
+        assert ask("admin", "DELETE").status_code == 204
+        assert ask("second").json()["owners"] == [ids["second"]], "an admin's own claim is its own"
+
+
+def test_upload_when_looking_into_it_takes_too_long_is_refused(
+    client: httpx.Client, api_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "LOOK_TIMEOUT_S", 0.01)
+    problem = refused(send(client, archive(30)), 422, "archive_refused")
+    assert "takes longer than" in problem["message"] and "name its path" in problem["hint"]
+    assert f"{sha256(archive(30))}.zip" not in files_of(api_settings)
+
+
 def test_commit_goes_through_the_storage_where_a_nameless_file_gets_no_name(tmp_path: Path) -> None:
     """As on a root that is no folder; here in memory."""
     store, storage = Store(Settings(home=tmp_path).database), Storage("memory://")
@@ -294,9 +333,10 @@ def test_commit_goes_through_the_storage_where_a_nameless_file_gets_no_name(tmp_
     upload = Upload(id=sha256(data), owner="local", name="m", size=len(data), facts={"kind": "zip"}, created_at=now())
     with uploads.spool(len(data)) as file:
         file.write(data)
-        assert uploads.commit(upload, file) == upload
+        upload = uploads.commit(upload, file)
+        assert upload.owners == ("local",)
     assert storage.get(upload.path) == data and uploads.is_stored(upload)
-    uploads.delete(upload)
+    uploads.release(upload, upload.owners)
     assert storage.get(upload.path) is None and uploads.get(upload.id) is None
     store.close()
 

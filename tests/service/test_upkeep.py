@@ -90,18 +90,18 @@ def findings(ncfm: Ncfm, *arguments: str) -> tuple[int, dict[str, str]]:
 
 def test_db_when_empty_new_older_and_newer(ncfm: Ncfm) -> None:
     assert ncfm("db", "check")[0] == 1
-    assert ncfm("db", "upgrade") == (0, "schema none -> 0002\n")
-    assert ncfm("db", "upgrade") == (0, "schema 0002: nothing to do\n")
+    assert ncfm("db", "upgrade") == (0, "schema none -> 0003\n")
+    assert ncfm("db", "upgrade") == (0, "schema 0003: nothing to do\n")
     assert ncfm("db", "check")[0] == 0
     assert ncfm("db", "downgrade", "0001")[0] == 2
     code, said = ncfm("db", "downgrade", "9999", "--yes")
-    assert code == 1 and "Known ones: 0001, 0002" in said
+    assert code == 1 and "Known ones: 0001, 0002, 0003" in said
     assert ncfm("db", "downgrade", "0001", "--yes")[0] == 0
     code, said = ncfm("db", "check", "--json")
     document = json.loads(said)
-    assert (code, document["schema"], document["needs"]) == (1, "0001", "0002")
+    assert (code, document["schema"], document["needs"]) == (1, "0001", "0003")
     assert "ncfm backup" in document["hint"] and "ncfm db upgrade" in document["hint"]
-    assert ncfm("db", "upgrade") == (0, "schema 0001 -> 0002\n")
+    assert ncfm("db", "upgrade") == (0, "schema 0001 -> 0003\n")
 
 
 @pytest.fixture
