@@ -52,6 +52,8 @@ class Layout:
     """CPUs that Ray may give away; None for all."""
     data_roots: tuple[str, ...] = ()
     """Folders that users' own images may be read from; empty for any."""
+    data_buckets: tuple[str, ...] = ()
+    """Prefixes in buckets that they may be read from; empty for none."""
     public_hosts: tuple[str, ...] = ()
     """Names by which the API may be called beside this machine's."""
 
@@ -113,6 +115,8 @@ def environments(layout: Layout) -> dict[ProcessName, Mapping[str, str]]:
     }
     if layout.data_roots:
         worker["NCFM_DATA_ROOTS"] = ",".join(layout.data_roots)
+    if layout.data_buckets:
+        worker["NCFM_DATA_BUCKETS"] = ",".join(layout.data_buckets)
     # Told to end, a head would wait 30 s for its drivers: they resume from checkpoints instead.
     ray = {"RAY_AUTH_MODE": "token", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     service = worker | {"NCFM_RAY_URL": layout.ray_url, "NCFM_WORKER_PYTHON": layout.python}

@@ -2,9 +2,9 @@
 
 Until the commit nothing of an upload has a name, so whatever happens to the process, the system takes back what was written.
 
-Whoever sends bytes that are here already gets a claim of its own to them. A claim is removed by its owner; with the last one the upload
-is gone, and then its bytes. Bytes are looked for and removed under the upload's lock alone (`_lock`), so that no upload that is there
-ever lacks them: a commit counts only if the bytes lie there under the lock, and else writes them again.
+Whoever sends bytes that are here already gets a claim of its own to them. A claim is removed by its owner; with the last one
+the upload is gone, and then its bytes. Bytes are looked for and removed under the upload's lock alone (`_lock`), so that no
+upload that is there ever lacks them: a commit counts only if the bytes lie there under the lock, and else writes them again.
 """
 
 from __future__ import annotations

@@ -158,8 +158,8 @@ async def upload_dataset(
 ) -> UploadDetails:
     """Send a .tar, .tar.gz or .zip with one folder of images for each class, as the body itself.
 
-    It is kept under the sha256 of its bytes: sending it again is safe, and answers 200 with the same id. Whoever sends bytes that are here
-    already is an owner beside the others: each removes it for itself alone. A sum in
+    It is kept under the sha256 of its bytes: sending it again is safe, and answers 200 with the same id. Whoever
+    sends bytes that are here already is an owner beside the others: each removes it for itself alone. A sum in
     `Repr-Digest` or `Content-Digest` (`sha-256=:...:`) is compared. It is looked into before it is kept; whatever breaks off
     leaves nothing.
     """

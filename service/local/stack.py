@@ -151,6 +151,7 @@ def lay_out(
         storage=settings.storage_url,
         data_dir=str(settings.data_dir),
         data_roots=tuple(str(root) for root in settings.data_roots or ()),
+        data_buckets=settings.data_buckets,
         mlflow_dir=str(settings.home / "mlflow"),
         ray_ports=RayPorts(node_ip=LOOPBACK, gcs=ports_by_name["gcs"], client=ports_by_name["client"]),
         ray_token_path=str(token),

@@ -386,6 +386,33 @@ def test_path_of_data_when_outside_the_roots_is_refused(tmp_path: Path) -> None:
         refused(post(f"upload:{'0' * 64}"), 422, "invalid_spec")
 
 
+def test_archive_in_a_bucket_when_it_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    for allowed in ((), ("s3://birds/archives", "gs://fish")):
+        settings = Settings(home=tmp_path / str(len(allowed)), data_buckets=allowed)
+        with TestClient(create_app(settings), base_url="http://127.0.0.1") as client:
+
+            def post(uri: str, client: TestClient = client) -> Any:
+                dataset = {"name": "imagefolder", "uri": uri, "image_size": 8}
+                return client.post("/jobs", json={"dataset": dataset, "ipc": 1, "preset": "quick"})
+
+            for uri in ("s3://birds/archives/a.tar", "gs://fish/a.zip"):
+                reply = post(uri)
+                assert reply.status_code == (201 if allowed else 422), reply.text
+                if not allowed:
+                    problem = refused(reply, 422, "invalid_spec")
+                    assert problem["field"] == "dataset.uri" and "NCFM_DATA_BUCKETS" in problem["hint"]
+            for uri in (
+                "s3://birds/archives2/a.tar",
+                "s3://birds/archives/../a.tar",
+                "s3://birds/archives/%2e%2e/a.tar",
+                "s3://birds/archives",
+                "az://birds/archives/a.tar",
+                "http://birds/archives/a.tar",
+            ):
+                problem = refused(post(uri), 422, "invalid_spec")
+                assert problem["field"] == "dataset.uri", uri
+
+
 def test_roots_of_data_when_others_reach_the_api_are_the_data_folder(tmp_path: Path) -> None:
     for host, status in (("0.0.0.0", 422), ("127.0.0.1", 201)):
         app = create_app(Settings(home=tmp_path / host, host=host, data_dir=tmp_path / "data"))

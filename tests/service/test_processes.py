@@ -61,6 +61,16 @@ def test_roots_of_data_reach_service_and_drivers_when_set(tmp_path: Path) -> Non
     assert "NCFM_DATA_ROOTS" not in environments(replace(layout, data_roots=()))["ray"]
 
 
+def test_buckets_of_data_reach_service_and_drivers_when_set(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, data_buckets=("s3://a/b", "gs://c"))
+
+    layout = lay_out(settings, PORTS, token=tmp_path, ray_tmpdir=tmp_path, num_cpus=None)
+
+    told = {environments(layout)[name].get("NCFM_DATA_BUCKETS") for name in ("api", "ray", "controller")}
+    assert told == {"s3://a/b,gs://c"}
+    assert "NCFM_DATA_BUCKETS" not in environments(replace(layout, data_buckets=()))["ray"]
+
+
 def test_ray_takes_all_cpus_when_no_number_is_given(layout: Layout) -> None:
     assert "--num-cpus" not in commands(replace(layout, num_cpus=None))["ray"]
 
