@@ -55,10 +55,9 @@ class DatasetSpec(Part):
     def _names_a_file(cls, uri: str | None) -> str | None:
         scheme = uri.partition("://")[0] if uri and "://" in uri else "file"
         if scheme not in ("file", *BUCKET_SCHEMES):
-            raise ValueError(
-                f"{scheme}:// cannot be read here. Copy the data to where the cluster reads files and give the path, "
-                f"or to a bucket ({', '.join(f'{each}://' for each in BUCKET_SCHEMES)})"
-            )
+            known = ", ".join(f"{each}://" for each in BUCKET_SCHEMES)
+            hint = f"Copy the data to where the cluster reads files and give the path, or to a bucket ({known})."
+            raise UnfitError(f"{scheme}:// cannot be read here", hint)
         return uri
 
     @model_validator(mode="after")
@@ -93,7 +92,7 @@ def _stem(uri: str) -> str:
 
 
 class UnfitError(ValueError):
-    """A value that is legal as such but not beside the fields before it; raised by validators."""
+    """A value that is legal as such but cannot be used, mostly beside the fields before it; raised by validators."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)

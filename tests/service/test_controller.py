@@ -362,7 +362,7 @@ def test_launch_when_the_storage_is_remote_passes_its_url_on(tmp_path: Path) -> 
     env: Mapping[str, str] = Launch.from_settings(Settings(home=tmp_path, storage="s3://bucket/prefix")).env
     assert env["NCFM_STORAGE"] == "s3://bucket/prefix"
     assert env["NCFM_DATA_BUCKETS"] == ""
-    settings = Settings(home=tmp_path, data_buckets=("s3://a/b", "gs://c"))
-    assert Launch.from_settings(settings).env["NCFM_DATA_BUCKETS"] == "s3://a/b,gs://c"
+    settings = Settings(home=tmp_path, data_buckets=("s3://birds/b", "gs://fish"))
+    assert Launch.from_settings(settings).env["NCFM_DATA_BUCKETS"] == "s3://birds/b,gs://fish"
     relative = Launch.from_settings(Settings(home=tmp_path, storage="here")).env["NCFM_STORAGE"]
     assert Path(relative).is_absolute()

@@ -9,7 +9,7 @@ import pytest
 
 from service.local.stack import lay_out
 from service.processes import PROCESSES, STOP_ORDER, Layout, commands, environments
-from service.settings import Settings
+from service.settings import Settings, SettingsError, load_settings
 
 PORTS = {"api": 1, "mlflow": 2, "ray": 3, "gcs": 4, "client": 5}
 
@@ -62,13 +62,22 @@ def test_roots_of_data_reach_service_and_drivers_when_set(tmp_path: Path) -> Non
 
 
 def test_buckets_of_data_reach_service_and_drivers_when_set(tmp_path: Path) -> None:
-    settings = Settings(home=tmp_path, data_buckets=("s3://a/b", "gs://c"))
+    settings = Settings(home=tmp_path, data_buckets=("s3://birds/b", "gs://fish"))
 
     layout = lay_out(settings, PORTS, token=tmp_path, ray_tmpdir=tmp_path, num_cpus=None)
 
     told = {environments(layout)[name].get("NCFM_DATA_BUCKETS") for name in ("api", "ray", "controller")}
-    assert told == {"s3://a/b,gs://c"}
+    assert told == {"s3://birds/b,gs://fish"}
     assert "NCFM_DATA_BUCKETS" not in environments(replace(layout, data_buckets=()))["ray"]
+
+
+def test_bucket_with_credentials_in_the_settings_is_refused_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCFM_DATA_BUCKETS", "s3://me:hunter2@birds")
+
+    with pytest.raises(SettingsError, match=r"NCFM_DATA_BUCKETS.*holds credentials") as caught:
+        load_settings()
+
+    assert "hunter2" not in str(caught.value)
 
 
 def test_ray_takes_all_cpus_when_no_number_is_given(layout: Layout) -> None:
