@@ -34,7 +34,8 @@ BaselineName = Literal["random_real", "herding", "k_center"]
 
 AUGMENT_OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
-
+BUCKET_SCHEMES = ("s3", "gs", "az")
+"""Of URIs of archives in buckets, which the worker fetches."""
 _EXAMPLE = '{"name": "imagefolder", "uri": "/data/birds.tar", "image_size": 64}'
 
 
@@ -44,8 +45,8 @@ class DatasetSpec(Part):
     name: DatasetName
     """Name in the catalog."""
     uri: Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")] | None = None
-    """Of an `imagefolder` alone: a folder, .tar, .tar.gz, .tgz or .zip on the cluster, as a path or a file:// URI; or
-    `upload:` and the id that POST /datasets answered."""
+    """Of an `imagefolder` alone: a folder, .tar, .tar.gz, .tgz or .zip on the cluster, as a path or a file:// URI; an archive
+    in a bucket (s3://, gs://, az://) that data may be read from; or `upload:` and the id that POST /datasets answered."""
     image_size: Annotated[int, Field(ge=8, le=512)] | None = None
     """Of an `imagefolder` alone: height and width in pixels that its images are brought to."""
 
@@ -53,10 +54,10 @@ class DatasetSpec(Part):
     @classmethod
     def _names_a_file(cls, uri: str | None) -> str | None:
         scheme = uri.partition("://")[0] if uri and "://" in uri else "file"
-        if scheme != "file":
-            raise ValueError(
-                f"{scheme}:// cannot be read here. Copy the data to where the cluster reads files, and give the path"
-            )
+        if scheme not in ("file", *BUCKET_SCHEMES):
+            known = ", ".join(f"{each}://" for each in BUCKET_SCHEMES)
+            hint = f"Copy the data to where the cluster reads files and give the path, or to a bucket ({known})."
+            raise UnfitError(f"{scheme}:// cannot be read here", hint)
         return uri
 
     @model_validator(mode="after")
@@ -91,7 +92,7 @@ def _stem(uri: str) -> str:
 
 
 class UnfitError(ValueError):
-    """A value that is legal as such but not beside the fields before it; raised by validators."""
+    """A value that is legal as such but cannot be used, mostly beside the fields before it; raised by validators."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)

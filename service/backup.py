@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sqlalchemy import Connection, func, inspect, select, text
 
 from ncfm_core.errors import NcfmError
-from service.database import Database, open_unchecked
+from service.database import Database, open_unchecked, sqlite_file
 from service.schema import SCHEMA, revision_of
 from service.tables import metadata
 from worker.records import now
@@ -60,12 +60,12 @@ def backup(url: str, target: Path, *, overwrite: bool = False) -> Manifest:
 
     Raises:
         BackupError: the file is there already, or a tool is missing or fails.
-        StoreError: the database cannot be read.
+        StoreError: there is no database, or it cannot be read.
     """
     target = target.expanduser().absolute()
     if target.exists() and not overwrite:
         raise BackupError.of("file", str(target), "is there already", "Name another file, or give --force.")
-    database = open_unchecked(url)
+    database = open_unchecked(url, is_look=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".ncfm-backup-") as folder:
@@ -101,7 +101,8 @@ def restore(url: str, source: Path, *, force: bool = False) -> Manifest:
             if manifest.schema_revision > SCHEMA:
                 message = f"has schema {manifest.schema_revision}, this release knows {SCHEMA}"
                 raise BackupError.of("file", str(source), message, "Use the newer release.")
-            if not force:
+            file = sqlite_file(database.engine)
+            if not force and (file is None or file.exists()):
                 _check_empty(database)
             data = Path(folder, DATA[manifest.engine])
             if engine == "sqlite":
@@ -178,8 +179,6 @@ def _copy(database: Database, folder: Path) -> Manifest:
 def _copy_sqlite(database: Database, target: Path) -> None:
     """By SQLite's own backup interface: writers go on meanwhile, and the copy is of one moment."""
     path = Path(str(database.engine.url.database)).expanduser()
-    if not path.exists():
-        raise BackupError.of("database", str(path), "there is no such file", "Start the service first.")
     with closing(sqlite3.connect(path, timeout=20)) as source, closing(sqlite3.connect(target)) as copy:
         try:
             source.backup(copy)
@@ -194,6 +193,9 @@ def _replace_sqlite(database: Database, data: Path) -> None:
     """The old file is kept beside the new one."""
     path = Path(str(database.engine.url.database)).expanduser()
     database.close()
+    if not path.exists():
+        os.replace(_copied(data, path), path)
+        return
     try:
         with closing(sqlite3.connect(path, timeout=1)) as old:
             # Only where nobody else has it open: they would go on with a file that is not there any more.
@@ -205,9 +207,7 @@ def _replace_sqlite(database: Database, data: Path) -> None:
         is_used = False
     if is_used:
         raise BackupError.of("database", str(path), "is in use", "Stop API and controller (`ncfm up`) first.")
-    fresh = path.with_name(path.name + ".restoring")
-    shutil.copyfile(data, fresh)
-    _sync(fresh)
+    fresh = _copied(data, path)
     kept = path.with_name(f"{path.name}.replaced-{now():%Y%m%dT%H%M%S}")
     if path.stat().st_size:
         os.replace(path, kept)
@@ -216,6 +216,14 @@ def _replace_sqlite(database: Database, data: Path) -> None:
         if beside.exists():
             os.replace(beside, kept.with_name(kept.name + ending))
     os.replace(fresh, path)
+
+
+def _copied(data: Path, path: Path) -> Path:
+    """A durable copy of a file beside the place that it is meant for."""
+    fresh = path.with_name(path.name + ".restoring")
+    shutil.copyfile(data, fresh)
+    _sync(fresh)
+    return fresh
 
 
 def _check_empty(database: Database) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +32,10 @@ class StoreError(NcfmError):
     code = "database_unavailable"
 
 
+class NoDatabase(StoreError):
+    """There is no database where one should be."""
+
+
 class StoreFullError(StoreError):
     """The database cannot grow: its disk, or what it may take of it, is full."""
 
@@ -51,18 +57,9 @@ class Database:
         """
         self.engine = _open_engine(url)
         self._writer = self.engine.execution_options(ncfm_write=True)
-        found = self.revision()
-        if found is None:
+        if self.revision() is None:
             self.upgrade()
-        elif found != SCHEMA:
-            self.engine.dispose()
-            older = found < SCHEMA
-            raise StoreError.of(
-                "NCFM_DATABASE_URL",
-                self.shown_url,
-                f"the database has schema {found}, this release needs {SCHEMA}",
-                "Run `ncfm db upgrade` (make a copy with `ncfm backup` first)." if older else "Use the newer release.",
-            )
+        self.check_schema()
 
     @property
     def shown_url(self) -> str:
@@ -73,6 +70,27 @@ class Database:
         """The schema that it has; None where it is empty."""
         with self.reading() as connection:
             return revision_of(connection)
+
+    def check_schema(self) -> None:
+        """Close it again unless it has this release's schema.
+
+        Raises:
+            StoreError: it is empty, or has the schema of another release.
+        """
+        found = self.revision()
+        if found == SCHEMA:
+            return
+        self.close()
+        message = f"the database has schema {found}, this release needs {SCHEMA}"
+        hint = "Run `ncfm db upgrade` (make a copy with `ncfm backup` first)."
+        if found is None:
+            message, hint = (
+                "the database is empty",
+                "Is it the one you mean? The start of the service makes its tables.",
+            )
+        elif found > SCHEMA:
+            hint = "Use the newer release."
+        raise StoreError.of("NCFM_DATABASE_URL", self.shown_url, message, hint)
 
     def copy_beside(self, mark: str) -> str:
         """Copy a SQLite file to one beside it with a mark in its name, and return that; empty where there is no file.
@@ -133,12 +151,25 @@ class Database:
             raise unavailable(self.shown_url, error) from error
 
 
-def open_unchecked(url: str) -> Database:
-    """A database of any schema, for those who upgrade it or look at it."""
+def open_unchecked(url: str, *, is_look: bool = False) -> Database:
+    """A database of any schema, for those who upgrade it or look at it.
+
+    Args:
+        url: of the database.
+        is_look: nothing is made or changed, not even a file beside it.
+
+    Raises:
+        NoDatabase: there is none that could be looked at.
+    """
     database = Database.__new__(Database)
-    database.engine = _open_engine(url)
+    database.engine = _open_engine(url, is_look=is_look)
     database._writer = database.engine.execution_options(ncfm_write=True)
     return database
+
+
+def sqlite_file(engine: Engine) -> Path | None:
+    """The file of a SQLite database; None on another engine."""
+    return Path(str(engine.url.database)).expanduser() if engine.dialect.name == "sqlite" else None
 
 
 def insert_missing(connection: Connection, table: Table, **values: object) -> None:
@@ -154,7 +185,7 @@ def clock(connection: Connection) -> float:
     return float(connection.execute(text("SELECT EXTRACT(EPOCH FROM clock_timestamp())")).scalar_one())
 
 
-def _open_engine(url: str) -> Engine:
+def _open_engine(url: str, *, is_look: bool = False) -> Engine:
     try:
         parsed = make_url(url)
         if parsed.drivername == "postgresql":
@@ -162,18 +193,36 @@ def _open_engine(url: str) -> Engine:
         if parsed.get_backend_name() == "sqlite":
             if parsed.database in (None, "", ":memory:"):
                 raise ArgumentError("a database in memory cannot be shared by the service's processes")
-            Path(str(parsed.database)).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(
-            parsed,
-            json_serializer=_to_json,
-            json_deserializer=from_json,
-            **_pool_and_timeouts(parsed),
-        )
+            path = Path(str(parsed.database)).expanduser()
+            if not is_look:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            elif not path.exists():
+                raise _no_database(path)
+        options = _pool_and_timeouts(parsed)
+        if is_look and parsed.get_backend_name() == "sqlite":
+            options["creator"] = partial(_open_to_read, path)
+        engine = create_engine(parsed, json_serializer=_to_json, json_deserializer=from_json, **options)
     except (ArgumentError, ModuleNotFoundError, OSError, TypeError) as error:
         raise unavailable(url, error) from error
     if engine.dialect.name == "sqlite":
-        _prepare_sqlite(engine)
+        _prepare_sqlite(engine, is_look=is_look)
     return engine
+
+
+def _no_database(path: Path) -> NoDatabase:
+    hint = "Name the one you mean with NCFM_HOME or NCFM_DATABASE_URL; the start of the service makes a new one."
+    return NoDatabase.of("NCFM_DATABASE_URL", str(path), "there is no database here", hint)
+
+
+def _open_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that cannot write.
+
+    Where there is no journal nobody has the file open, and it is read as it lies there: SQLite would else put a journal
+    beside it, perhaps of another user than the service's, and leave it.
+    """
+    is_open = path.with_name(path.name + "-wal").exists()
+    options = "mode=ro" if is_open else "mode=ro&immutable=1"
+    return sqlite3.connect(f"{path.absolute().as_uri()}?{options}", uri=True, check_same_thread=False)
 
 
 def _to_json(value: object) -> str:
@@ -216,13 +265,14 @@ def _pool_and_timeouts(url: URL) -> dict[str, Any]:
     }
 
 
-def _prepare_sqlite(engine: Engine) -> None:
+def _prepare_sqlite(engine: Engine, *, is_look: bool) -> None:
     """Durable, and one writer at a time that takes its turn at BEGIN, where waiting is safe, and not in mid-transaction."""
 
     def on_connect(connection: Any, _entry: ConnectionPoolEntry) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_MS}")
+        for pragma in () if is_look else ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 

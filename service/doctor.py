@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sqlalchemy import func, select
 
 from ncfm_core.errors import StorageError
-from service.database import Database
+from service.database import Database, NoDatabase, open_unchecked, sqlite_file
 from service.jobs import MOVES, State
 from service.retention import TERMINAL, temporary_files
 from service.schema import state_of
@@ -37,6 +37,25 @@ class Finding:
     """What it is about: a job's id, a path."""
     message: str
     hint: str = ""
+
+
+def diagnose(database_url: str, storage_url: str, *, deep: bool = False) -> Iterator[Finding]:
+    """`examine`, or what is not there to be examined; neither is made."""
+    missing: list[Finding] = []
+    try:
+        storage = Storage(storage_url, is_look=True)
+    except StorageError as error:
+        missing = [Finding("error", "storage", each.value, each.message, each.hint) for each in error.problems]
+    try:
+        database = open_unchecked(database_url, is_look=True)
+    except NoDatabase as error:
+        missing += [Finding("error", "schema", each.value, each.message, each.hint) for each in error.problems]
+    if missing:
+        # One of the two alone has nothing to agree with.
+        yield from missing
+        return
+    with database:
+        yield from examine(database, storage, deep=deep)
 
 
 def examine(database: Database, storage: Storage, *, deep: bool = False) -> Iterator[Finding]:
@@ -198,8 +217,8 @@ def _problem_of(storage: Storage, file: FileRecord, *, deep: bool) -> str:
 
 def _disk(database: Database, storage: Storage) -> Iterator[Finding]:
     folders = {"storage": Path(storage.url).expanduser()} if "://" not in storage.url else {}
-    if database.engine.dialect.name == "sqlite":
-        folders["database"] = Path(str(database.engine.url.database)).expanduser().parent
+    if (file := sqlite_file(database.engine)) is not None:
+        folders["database"] = file.parent
     for name, folder in folders.items():
         usage = shutil.disk_usage(folder)
         low = max(LOW_BYTES, int(LOW_SHARE * usage.total))

@@ -17,7 +17,7 @@ class RayPorts:
     """Ports of a Ray head that shares its machine with others; a container keeps Ray's own."""
 
     node_ip: str
-    """127.0.0.2 keeps a head on the loopback interface; Ray rewrites 127.0.0.1."""
+    """On this machine alone: 127.0.0.1, for any other address has Ray's servers listen on every interface."""
     gcs: int
     client: int
 
@@ -52,6 +52,8 @@ class Layout:
     """CPUs that Ray may give away; None for all."""
     data_roots: tuple[str, ...] = ()
     """Folders that users' own images may be read from; empty for any."""
+    data_buckets: tuple[str, ...] = ()
+    """Prefixes in buckets that they may be read from; empty for none."""
     public_hosts: tuple[str, ...] = ()
     """Names by which the API may be called beside this machine's."""
 
@@ -113,12 +115,17 @@ def environments(layout: Layout) -> dict[ProcessName, Mapping[str, str]]:
     }
     if layout.data_roots:
         worker["NCFM_DATA_ROOTS"] = ",".join(layout.data_roots)
+    if layout.data_buckets:
+        worker["NCFM_DATA_BUCKETS"] = ",".join(layout.data_buckets)
     # Told to end, a head would wait 30 s for its drivers: they resume from checkpoints instead.
     ray = {"RAY_AUTH_MODE": "token", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
     service = worker | {"NCFM_RAY_URL": layout.ray_url, "NCFM_WORKER_PYTHON": layout.python}
     if layout.ray_token_path is not None:
         ray["RAY_AUTH_TOKEN_PATH"] = layout.ray_token_path
         service["NCFM_RAY_TOKEN_PATH"] = layout.ray_token_path
+    if layout.ray_ports is not None:
+        # What Ray has for machines that must not be clusters: 127.0.0.1 stays as it is, and its servers listen there alone.
+        ray["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if layout.ray_tmpdir is not None:
         ray["RAY_TMPDIR"] = layout.ray_tmpdir
     api = service | {"NCFM_HOST": layout.bind, "NCFM_PORT": str(layout.api_port)}

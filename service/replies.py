@@ -193,6 +193,8 @@ class Upload(Reply):
     name: str
     uri: str
     """What `dataset.uri` of a submission is set to."""
+    owners: tuple[str, ...] = ()
+    """Everybody who sent these bytes and has not removed them."""
     size: int
     num_classes: int
     num_train: int

@@ -15,6 +15,7 @@ from service.database import Database
 from service.jobs import ACTIVE, State
 from service.settings import Settings
 from service.tables import audit, events, idempotency, jobs, uploads
+from service.uploads import remove_unnamed
 from worker.records import FileRecord, StageResult
 from worker.storage import Storage
 
@@ -129,10 +130,10 @@ def _sweep_uploads(store: Database, storage: Storage, before: datetime, removed:
     with store.reading() as connection:
         named = {str(row.id) for row in connection.execute(select(uploads.c.id).where(uploads.c.deleted_at.is_(None)))}
     for path, size, _ in found:
-        if path.split("/")[1].partition(".")[0] not in named:
+        upload_id = path.split("/")[1].partition(".")[0]
+        # One may have come back since the list was read: the last look is under its lock.
+        if upload_id not in named and (dry_run or remove_unnamed(store, storage, upload_id, path)):
             removed.add("uploads without a name", 1, size)
-            if not dry_run:
-                storage.delete([path])
 
 
 def temporary_files(storage: Storage, before: datetime) -> Iterator[Path]:

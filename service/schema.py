@@ -13,7 +13,7 @@ from ncfm_core.errors import NcfmError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-SCHEMA = "0002"
+SCHEMA = "0003"
 """Revision that this release reads and writes: the newest migration."""
 UNVERSIONED = "0001"
 """What a database of 0.1.0 has, which wrote no revision down."""

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import NoDecode
 
 from ncfm_core.errors import NcfmError, Problem, shorten
+from worker.redaction import redact
 from worker.settings import Surroundings, listed
 
 Days = Annotated[float, Field(ge=0, le=100_000)]
@@ -96,4 +97,6 @@ def load_settings() -> Settings:
 
 
 def _problem(name: str, value: object, message: str) -> Problem:
-    return Problem(f"NCFM_{name.upper()}", shorten(value), message[0].lower() + message[1:], "Change or unset it.")
+    return Problem(
+        f"NCFM_{name.upper()}", redact(shorten(value)), message[0].lower() + message[1:], "Change or unset it."
+    )

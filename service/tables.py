@@ -153,6 +153,15 @@ uploads = Table(
     Column("deleted_at", UtcDateTime),
 )
 
+upload_claims = Table(
+    "upload_claims",
+    metadata,
+    Column("upload_id", ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True),
+    Column("owner", String(64), primary_key=True),
+    Column("name", String(128), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
 audit = Table(
     "audit",
     metadata,

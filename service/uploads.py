@@ -1,27 +1,34 @@
 """Uploaded archives: spooled to a file without a name, looked into, and committed under the sha256 of their bytes.
 
 Until the commit nothing of an upload has a name, so whatever happens to the process, the system takes back what was written.
+
+Whoever sends bytes that are here already gets a claim of its own to them. A claim is removed by its owner; with the last one
+the upload is gone, and then its bytes. Bytes are looked for and removed under the upload's lock alone (`_lock`), so that no
+upload that is there ever lacks them: a commit counts only if the bytes lie there under the lock, and else writes them again.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tempfile
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import JsonValue
-from sqlalchemy import Row, and_, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, delete, insert, or_, select, text, update
 
-from ncfm_core.errors import NcfmError
-from service.database import Database
+from ncfm_core.errors import NcfmError, StorageError
+from service.database import Database, insert_missing
 from service.filtering import Filter
 from service.jobs import Job, State
 from service.store import Store
-from service.tables import uploads
+from service.tables import upload_claims, uploads
 from worker.locations import UPLOAD, upload_path
 from worker.records import now
 from worker.storage import Storage
@@ -29,6 +36,8 @@ from worker.storage import Storage
 LOCAL_MODE = 0o644
 """Of an upload's file: workers of another user read it."""
 PAGE = 200
+COMMIT_TRIES = 5
+"""Of keeping an upload whose bytes are removed each time before it counts."""
 
 
 class NoRoom(NcfmError):
@@ -44,13 +53,16 @@ class Upload:
     id: str
     """sha256 of its bytes, in hex."""
     owner: str
+    """Of the oldest claim."""
     name: str
-    """As it was given; for people alone."""
+    """As that owner gave it; for people alone."""
     size: int
     facts: dict[str, JsonValue]
     """`kind`, `classes` and the rest of what was found in it (service.archives.ArchiveFacts)."""
     created_at: datetime
     deleted_at: datetime | None = None
+    owners: tuple[str, ...] = ()
+    """Of all claims, the oldest first."""
 
     @property
     def uri(self) -> str:
@@ -104,19 +116,19 @@ class Uploads:
         return file
 
     def commit(self, upload: Upload, file: IO[bytes]) -> Upload:
-        """Keep an upload, with its bytes first; one that was deleted comes back, one that is there stays as it is."""
-        if self._storage.size(upload.path) != upload.size:
-            self._keep(upload.path, file)
-        with self._database.writing() as connection:
-            row = connection.execute(select(uploads).where(uploads.c.id == upload.id).with_for_update()).one_or_none()
-            if row is not None and row.deleted_at is None:
-                return _upload(row)
-            values = {name: getattr(upload, name) for name in uploads.c.keys()}
-            if row is None:
-                connection.execute(insert(uploads).values(values))
-            else:
-                connection.execute(update(uploads).where(uploads.c.id == upload.id).values(values))
-        return upload
+        """Keep an upload for its owner, with its bytes first; one that was deleted comes back, one that is there stays.
+
+        Raises:
+            StorageError: its bytes went away again and again.
+        """
+        for _ in range(COMMIT_TRIES):
+            if not self.is_stored(upload):
+                self._keep(upload.path, file)
+            with self._database.writing() as connection:
+                _lock(connection, upload.id)
+                if self.is_stored(upload):
+                    return _claim(connection, upload)
+        raise StorageError.of("body", upload.id, "its bytes are removed as fast as they are kept", "Send it again.")
 
     def _keep(self, path: str, file: IO[bytes]) -> None:
         file.flush()
@@ -137,7 +149,7 @@ class Uploads:
             row = connection.execute(
                 select(uploads).where(uploads.c.id == upload_id, uploads.c.deleted_at.is_(None))
             ).one_or_none()
-        return None if row is None else _upload(row)
+            return None if row is None else _with_owners(connection, [row])[0]
 
     def is_stored(self, upload: Upload) -> bool:
         return self._storage.size(upload.path) == upload.size
@@ -153,14 +165,36 @@ class Uploads:
                     return None
                 same = and_(uploads.c.created_at == last.created_at, uploads.c.id < after)
                 query = query.where(or_(uploads.c.created_at < last.created_at, same))
-            return [_upload(row) for row in connection.execute(query)]
+            return _with_owners(connection, connection.execute(query).all())
 
-    def delete(self, upload: Upload) -> None:
-        """Forget an upload, then its bytes: a process that dies between the two leaves bytes that nobody names."""
+    def release(self, upload: Upload, owners: Collection[str]) -> None:
+        """Remove the claims of some owners; with the last one the upload goes, and then its bytes.
+
+        A process that dies between the two leaves bytes that no upload names: `ncfm gc` takes them.
+        """
+        claims, this = upload_claims, uploads.c.id == upload.id
         with self._database.writing() as connection:
-            gone = update(uploads).where(uploads.c.id == upload.id).values(deleted_at=now())
-            connection.execute(gone)
-        self._storage.delete([upload.path])
+            _lock(connection, upload.id)
+            connection.execute(delete(claims).where(claims.c.upload_id == upload.id, claims.c.owner.in_(owners)))
+            rest = _claims(connection, [upload.id]).get(upload.id)
+            if rest:
+                connection.execute(update(uploads).where(this).values(owner=rest[0].owner, name=rest[0].name))
+                return
+            connection.execute(update(uploads).where(this).values(deleted_at=now()))
+        # Asked before the lock is taken: a storage root that is away must not hold up every writer of SQLite.
+        if self._storage.size(upload.path) is not None:
+            remove_unnamed(self._database, self._storage, upload.id, upload.path)
+
+
+def remove_unnamed(database: Database, storage: Storage, upload_id: str, path: str) -> bool:
+    """Remove bytes unless an upload that is there has them; whether they were removed."""
+    with database.writing() as connection:
+        _lock(connection, upload_id)
+        named = select(uploads.c.id).where(uploads.c.id == upload_id, uploads.c.deleted_at.is_(None))
+        if connection.execute(named).first() is not None:
+            return False
+        storage.delete([path])
+    return True
 
 
 def user_of(store: Store, upload: Upload) -> Job | None:
@@ -198,5 +232,37 @@ def _name(file: IO[bytes], target: Path) -> None:
         os.close(folder)
 
 
-def _upload(row: Row[Any]) -> Upload:
-    return Upload(**row._asdict())
+def _lock(connection: Connection, upload_id: str) -> None:
+    """Hold an upload until the end of the transaction, also one that has no row yet. SQLite has one writer anyway."""
+    if connection.dialect.name == "postgresql":
+        key = int.from_bytes(hashlib.sha256(upload_id.encode()).digest()[:8], "big", signed=True)
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def _claim(connection: Connection, upload: Upload) -> Upload:
+    """Write down that its owner has sent an upload, whose lock is held; the upload as it then is."""
+    row = connection.execute(select(uploads).where(uploads.c.id == upload.id)).one_or_none()
+    values = {name: getattr(upload, name) for name in uploads.c.keys()}
+    if row is None:
+        connection.execute(insert(uploads).values(values))
+    elif row.deleted_at is not None:
+        connection.execute(update(uploads).where(uploads.c.id == upload.id).values(values))
+    claim = {"owner": upload.owner, "name": upload.name, "created_at": now()}
+    insert_missing(connection, upload_claims, upload_id=upload.id, **claim)
+    row = connection.execute(select(uploads).where(uploads.c.id == upload.id)).one()
+    return _with_owners(connection, [row])[0]
+
+
+def _claims(connection: Connection, ids: Collection[str]) -> dict[str, list[Row[Any]]]:
+    """Claims by upload, the oldest first."""
+    query = select(upload_claims).where(upload_claims.c.upload_id.in_(ids))
+    found: dict[str, list[Row[Any]]] = defaultdict(list)
+    for row in connection.execute(query.order_by(upload_claims.c.created_at, upload_claims.c.owner)):
+        found[row.upload_id].append(row)
+    return found
+
+
+def _with_owners(connection: Connection, rows: Collection[Row[Any]]) -> list[Upload]:
+    claims = _claims(connection, [row.id for row in rows])
+    owners = {row.id: tuple(str(claim.owner) for claim in claims.get(row.id, ())) for row in rows}
+    return [replace(Upload(**row._asdict()), owners=owners[row.id]) for row in rows]

@@ -33,7 +33,9 @@ TORCH_FREE = frozenset(
     }
 )
 """Modules of ncfm_core that the service may use."""
-LIGHT = frozenset({"plan", "storage", "records", "redaction", "locations", "settings", "spec_file", "__init__"})
+LIGHT = frozenset(
+    {"plan", "storage", "records", "redaction", "locations", "buckets", "settings", "spec_file", "__init__"}
+)
 """Modules of worker that the service may use."""
 
 HEAVY = frozenset({"torch", "torchvision", "ray", "mlflow", "sklearn", "numpy", "safetensors", "pyarrow", "PIL"})

@@ -10,6 +10,8 @@ from typing import Annotated, TypedDict
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from worker.buckets import place_of
+
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
@@ -27,6 +29,15 @@ def _listed_or_none(value: object) -> object:
     return listed(value) or None
 
 
+def _plain_prefixes(prefixes: tuple[str, ...]) -> tuple[str, ...]:
+    for prefix in prefixes:
+        try:
+            place_of(prefix)
+        except ValueError as error:
+            raise ValueError(f"one of the prefixes {error}; write them as s3://birds/archives,gs://fish") from None
+    return prefixes
+
+
 class DataAccess(TypedDict):
     """Where data sets are and how much of one may be in memory: what `worker.data.load` wants to know."""
 
@@ -36,6 +47,7 @@ class DataAccess(TypedDict):
     memory_bytes: int
     storage_url: str
     data_roots: tuple[Path, ...] | None
+    data_buckets: tuple[str, ...]
 
 
 class Surroundings(BaseSettings):
@@ -57,6 +69,8 @@ class Surroundings(BaseSettings):
     """Folders, with commas between, that an `imagefolder` may be read from; unset for any.
 
     Where others reach the API, it takes `data_dir` alone unless this is set."""
+    data_buckets: Annotated[tuple[str, ...], NoDecode, BeforeValidator(listed), AfterValidator(_plain_prefixes)] = ()
+    """What of buckets an `imagefolder` may be read from: prefixes such as s3://birds/archives, with commas between."""
     allow_download: bool = False
     """Whether a data set that is missing may be downloaded."""
     cache_dir: AbsolutePath | None = None
@@ -74,6 +88,7 @@ class Surroundings(BaseSettings):
             "memory_bytes": int(self.data_memory_gib * 2**30),
             "storage_url": self.storage_url,
             "data_roots": self.data_roots,
+            "data_buckets": self.data_buckets,
         }
 
     @property
@@ -114,8 +129,9 @@ def prepare_trial() -> None:
 
 
 def prepare_own_ray() -> None:
-    """Let a Ray cluster of this process's own ask for a token that only this process and its workers know."""
+    """Let a Ray cluster of this process's own listen on 127.0.0.1, for a token that only it and its workers know."""
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for one machine: its servers listen on 127.0.0.1 alone

@@ -36,10 +36,10 @@ class Storage:
             where a method says so.
     """
 
-    def __init__(self, url: str) -> None:
-        """Open the root, creating a local folder where it is missing."""
+    def __init__(self, url: str, *, is_look: bool = False) -> None:
+        """Open the root, creating a local folder where it is missing, unless it is only to be looked at."""
         self.url = url
-        self._store = _open(url)
+        self._store = _open(url, is_look=is_look)
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object, replacing what is there; readers see the old or the new one, never a part."""
@@ -228,13 +228,17 @@ def _encode(record: Record) -> bytes:
     return record.model_dump_json(indent=1).encode() + b"\n"
 
 
-def _open(url: str) -> ObjectStore:
+def _open(url: str, *, is_look: bool) -> ObjectStore:
     if url.startswith("memory://"):
         return MemoryStore()
     try:
         if "://" not in url:
             folder = Path(url).expanduser().absolute()
-            folder.mkdir(parents=True, exist_ok=True)
+            if not is_look:
+                folder.mkdir(parents=True, exist_ok=True)
+            elif not folder.is_dir():
+                hint = "Name the one you mean with NCFM_HOME or NCFM_STORAGE; the start of the service makes a new one."
+                raise StorageError.of("NCFM_STORAGE", str(folder), "there is no storage root here", hint)
             return LocalStore(folder)
         return from_url(url)
     except (BaseError, OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from ncfm_core.errors import DatasetError, Problem, SpecError, shorten
 from service.api.guard import is_loopback
 from service.settings import Settings
 from service.uploads import Uploads
+from worker.buckets import allowed_object, is_in_bucket
 from worker.locations import allowed_path, upload_id
 from worker.redaction import redact
 
@@ -21,7 +22,7 @@ class Sources:
 
     def __init__(self, settings: Settings, uploads: Uploads) -> None:
         self._uploads, self._data_dir = uploads, settings.data_dir
-        self._roots = settings.data_roots
+        self._roots, self._buckets = settings.data_roots, settings.data_buckets
         if self._roots is None and not is_loopback(settings.host):
             self._roots = (settings.data_dir,)
 
@@ -44,7 +45,9 @@ class Sources:
             return
         try:
             digest = upload_id(uri)
-            if digest is None:
+            if is_in_bucket(uri):
+                allowed_object(uri, self._buckets)
+            elif digest is None:
                 allowed_path(uri, self._data_dir, self._roots)
         except DatasetError as error:
             raise SpecError(*error.problems) from None

@@ -54,6 +54,7 @@ SILENCE_S = 60.0
 MAX_AT_ONCE = 4
 """Uploads that this process takes at once."""
 LOOK_TIMEOUT_S = 4 * 3600.0
+"""To look into one archive."""
 
 
 class ClassCounts(Body):
@@ -72,6 +73,9 @@ class UploadBody(Body):
     uri: str
     """What `dataset.uri` of a submission is set to: `upload:<id>`."""
     owner: str
+    """Who sent it first, of those who have it still."""
+    owners: list[str]
+    """Everybody who sent these bytes and has not removed them."""
     kind: str
     size: int
     """Bytes."""
@@ -154,7 +158,8 @@ async def upload_dataset(
 ) -> UploadDetails:
     """Send a .tar, .tar.gz or .zip with one folder of images for each class, as the body itself.
 
-    It is kept under the sha256 of its bytes: sending it again is safe, and answers 200 with the same id. A sum in
+    It is kept under the sha256 of its bytes: sending it again is safe, and answers 200 with the same id. Whoever
+    sends bytes that are here already is an owner beside the others: each removes it for itself alone. A sum in
     `Repr-Digest` or `Content-Digest` (`sha-256=:...:`) is compared. It is looked into before it is kept; whatever breaks off
     leaves nothing.
     """
@@ -206,13 +211,17 @@ def get_upload(upload: UploadDep) -> UploadDetails:
 
 @router.delete("/datasets/{id}", status_code=204, responses=problems(404, 409, 503), summary="Remove an upload")
 def delete_upload(upload: UploadDep, uploads: UploadsDep, store: StoreDep, caller: CallerDep) -> None:
-    """Remove an upload and its bytes, unless a job that has not ended needs it."""
-    check_owner(caller, upload.owner, f"upload {upload.id[:12]}")
+    """Remove an upload for its caller, unless a job that has not ended needs it; its bytes go with its last owner.
+
+    A caller with scope `admin` who has not sent it removes it for everybody.
+    """
+    is_own = caller.owner in upload.owners
+    check_owner(caller, caller.owner if is_own else upload.owner, f"upload {upload.id[:12]}")
     job = user_of(store, upload)
     if job is not None:
         hint = f"Wait for its end, or cancel it: POST /jobs/{job.id}/cancel."
         raise Conflict.of("id", upload.id, f"job {job.id} is {job.state} and needs it", hint)
-    uploads.delete(upload)
+    uploads.release(upload, [caller.owner] if is_own else upload.owners)
 
 
 async def _receive(request: Request, file: IO[bytes], max_bytes: int) -> tuple[int, str]:
@@ -256,11 +265,12 @@ async def _receive(request: Request, file: IO[bytes], max_bytes: int) -> tuple[i
 async def _take(
     uploads: Uploads, file: IO[bytes], *, kind: Kind, size: int, digest: str, name: str, owner: str
 ) -> tuple[Upload, bool]:
-    """Look into the archive and keep it, unless it is here already; whether it is new."""
+    """Look into the archive, unless it is here already, and keep it for its owner; whether it is new."""
     known = await run_sync(uploads.get, digest)
     if known is not None and await run_sync(uploads.is_stored, known):
-        return known, False
-    facts = {"kind": kind, **await _look(file, kind)}
+        facts = known.facts
+    else:
+        facts = {"kind": kind, **await _look(file, kind)}
     upload = Upload(id=digest, owner=owner, name=name, size=size, facts=facts, created_at=now())
     return await run_sync(uploads.commit, upload, file), known is None
 
@@ -271,8 +281,13 @@ async def _look(file: IO[bytes], kind: Kind) -> dict[str, JsonValue]:
     command = [sys.executable, "-m", "service.archives", kind]
     # Nothing of our environment: it holds secrets, and the archive is a stranger's.
     environment = {"PYTHONPATH": str(root), "PATH": os.defpath}
-    with anyio.fail_after(LOOK_TIMEOUT_S):
-        done = await anyio.run_process(command, stdin=file, env=environment, check=False)
+    try:
+        with anyio.fail_after(LOOK_TIMEOUT_S):
+            done = await anyio.run_process(command, stdin=file, env=environment, check=False)
+    except TimeoutError:
+        hint = "Send it in parts, or put it where the cluster reads files and name its path."
+        message = f"refused: to look into it takes longer than {LOOK_TIMEOUT_S / 60:.0f} min"
+        raise ArchiveRefused.of("body", None, message, hint) from None
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
@@ -337,7 +352,7 @@ def _compare(digest: str, expected: list[tuple[str, bytes]]) -> None:
 
 def _summary(upload: Upload) -> dict[str, Any]:
     counts = upload.classes.values()
-    shown = {name: getattr(upload, name) for name in ("id", "name", "uri", "owner", "size", "created_at")}
+    shown = {name: getattr(upload, name) for name in ("id", "name", "uri", "owner", "owners", "size", "created_at")}
     facts = {name: upload.facts[name] for name in ("kind", "split", "ignored_files")}
     return {
         **shown,

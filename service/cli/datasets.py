@@ -62,6 +62,6 @@ def remove(
     upload_id: Annotated[str, typer.Argument(metavar="ID", help="Of the upload; `ncfm datasets list` shows all.")],
     url: Url = None,
 ) -> None:
-    """Remove an upload that no job needs."""
+    """Remove an upload that no job needs, for yourself; its bytes go with its last owner."""
     with connect(url) as client:
         client.remove_upload(upload_id)

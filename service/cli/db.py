@@ -28,11 +28,15 @@ def upgrade() -> None:
 @db.command()
 def check(json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
     """Whether this release can work with the database; exit code 1 where it cannot, with the way out."""
-    from service.database import open_unchecked
-    from service.schema import SCHEMA, state_of
+    from service.database import NoDatabase, open_unchecked
+    from service.schema import SCHEMA, SchemaState, state_of
 
-    with open_unchecked(load_settings().database) as database, database.reading() as connection:
-        shown, found = database.shown_url, state_of(connection)
+    try:
+        with open_unchecked(load_settings().database, is_look=True) as database, database.reading() as connection:
+            shown, found = database.shown_url, state_of(connection)
+    except NoDatabase as error:
+        [problem] = error.problems
+        shown, found = problem.value, SchemaState(None, problem.message, problem.hint)
     if json:
         as_json(
             {"database": shown, "schema": found.schema, "needs": SCHEMA, "problem": found.problem, "hint": found.hint}
@@ -54,7 +58,9 @@ def downgrade_(
 
     if not yes:
         raise typer.BadParameter("what the older schema has no place for is lost: make a copy, then give --yes")
-    with open_unchecked(load_settings().database) as database, database.writing() as connection:
+    url = load_settings().database
+    open_unchecked(url, is_look=True).close()
+    with open_unchecked(url) as database, database.writing() as connection:
         before = revision_of(connection)
         downgrade(connection, revision)
     results.print(f"schema {before or 'none'} -> {revision}")

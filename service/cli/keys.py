@@ -37,7 +37,7 @@ def create(
 ) -> None:
     """Make a key. It is shown once: only a digest of it is kept."""
     expires_at = None if days is None else now() + timedelta(days=days)
-    with _keys() as keys:
+    with _keys(may_make=True) as keys:
         key, token = keys.create(name, scope_of(scope), expires_at=expires_at)
     _show_secret(key, token, json)
 
@@ -45,7 +45,7 @@ def create(
 @app.command(name="list")
 def list_keys(json: AsJson = False) -> None:
     """Show all keys, without their secrets."""
-    with _keys() as keys:
+    with _keys(is_look=True) as keys:
         found = keys.list()
     if json:
         as_json({"items": [_plain(key) for key in found]})
@@ -80,16 +80,18 @@ def rotate(
 
 
 @contextmanager
-def _keys() -> Iterator[Keys]:
+def _keys(*, may_make: bool = False, is_look: bool = False) -> Iterator[Keys]:
+    """The keys of the database; where there is none, the first key alone makes one."""
     # Half a second to import, which other commands do without.
-    from service.database import Database
+    from service.database import Database, open_unchecked
     from service.keys import Keys
 
-    database = Database(load_settings().database)
-    try:
+    url = load_settings().database
+    if not may_make:
+        open_unchecked(url, is_look=True).close()
+    with open_unchecked(url, is_look=True) if is_look else Database(url) as database:
+        database.check_schema()
         yield Keys(database)
-    finally:
-        database.close()
 
 
 def _show_secret(key: Key, token: str, json: bool) -> None:

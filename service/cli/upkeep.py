@@ -53,12 +53,10 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Whether database, storage root and disk agree. Changes nothing; exit code 1 where something is wrong."""
-    from service.database import open_unchecked
-    from service.doctor import examine
+    from service.doctor import diagnose
 
     settings = load_settings()
-    with open_unchecked(settings.database) as database:
-        found = list(examine(database, Storage(settings.storage_url), deep=deep))
+    found = list(diagnose(settings.database, settings.storage_url, deep=deep))
     errors = sum(finding.level == "error" for finding in found)
     if json:
         as_json({"ok": not errors, "errors": errors, "findings": [asdict(finding) for finding in found]})
@@ -75,12 +73,16 @@ def gc(
     json: Json = False,
 ) -> None:
     """Remove what is older than NCFM_KEEP_*, and what nothing refers to. The controller does the first part every hour."""
-    from service.database import Database
+    from service.database import open_unchecked
     from service.retention import Limits, sweep_storage, tidy
 
     settings = load_settings()
-    storage, limits = Storage(settings.storage_url), Limits.from_settings(settings)
-    with Database(settings.database) as database:
+    limits = Limits.from_settings(settings)
+    # To a database that is not the right one, everything in the storage root would be what nobody needs.
+    open_unchecked(settings.database, is_look=True).close()
+    storage = Storage(settings.storage_url, is_look=True)
+    with open_unchecked(settings.database, is_look=dry_run) as database:
+        database.check_schema()
         removed = tidy(database, storage, now(), limits, dry_run=dry_run)
         swept = sweep_storage(database, storage, now(), limits, dry_run=dry_run)
     for kind, count in swept.counts.items():

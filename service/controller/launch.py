@@ -64,6 +64,7 @@ class Launch:
             "NCFM_MLFLOW_PUBLIC_URL": settings.mlflow_public_url,
             "NCFM_DATA_DIR": str(settings.data_dir),
             "NCFM_DATA_ROOTS": ",".join(str(root) for root in settings.data_roots or ()),
+            "NCFM_DATA_BUCKETS": ",".join(settings.data_buckets),
             "NCFM_ALLOW_DOWNLOAD": str(settings.allow_download).lower(),
             "NCFM_CACHE_DIR": str(settings.data_access["cache_dir"]),
             "NCFM_DATA_MEMORY_GIB": str(settings.data_memory_gib),

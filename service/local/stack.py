@@ -135,7 +135,7 @@ def _make_ray_tmpdir() -> Path:
 def lay_out(
     settings: Settings, ports_by_name: dict[str, int], *, token: Path, ray_tmpdir: Path, num_cpus: int | None
 ) -> Layout:
-    """The stack of one machine: everything on the loopback interface, all state below the home."""
+    """The stack of one machine: everything listens on 127.0.0.1, all state is below the home."""
     mlflow_url = f"http://{LOOPBACK}:{ports_by_name['mlflow']}"
     return Layout(
         python=sys.executable,
@@ -151,8 +151,9 @@ def lay_out(
         storage=settings.storage_url,
         data_dir=str(settings.data_dir),
         data_roots=tuple(str(root) for root in settings.data_roots or ()),
+        data_buckets=settings.data_buckets,
         mlflow_dir=str(settings.home / "mlflow"),
-        ray_ports=RayPorts(node_ip="127.0.0.2", gcs=ports_by_name["gcs"], client=ports_by_name["client"]),
+        ray_ports=RayPorts(node_ip=LOOPBACK, gcs=ports_by_name["gcs"], client=ports_by_name["client"]),
         ray_token_path=str(token),
         ray_tmpdir=str(ray_tmpdir),
         num_cpus=num_cpus,

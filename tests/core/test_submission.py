@@ -200,7 +200,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"dataset": {"name": "imagefolder", "uri": "/x"}, "ipc": 1}, "dataset", "needs image_size"),
     ({"dataset": {"name": "digits", "uri": "/x"}, "ipc": 1}, "dataset", "uri belongs to imagefolder"),
     ({"dataset": {"name": "digits", "image_size": 64}, "ipc": 1}, "dataset", "image_size belongs to imagefolder"),
-    ({"dataset": FOLDER | {"uri": "s3://bucket/birds.tar"}, "ipc": 1}, "dataset.uri", "s3:// cannot be read"),
+    ({"dataset": FOLDER | {"uri": "http://host/birds.tar"}, "ipc": 1}, "dataset.uri", "http:// cannot be read"),
     ({"dataset": FOLDER | {"uri": ""}, "ipc": 1}, "dataset.uri", "at least 1"),
     ({"dataset": FOLDER | {"uri": "a\n"}, "ipc": 1}, "dataset.uri", ""),
     ({"dataset": FOLDER | {"image_size": 7}, "ipc": 1}, "dataset.image_size", "8 or more"),

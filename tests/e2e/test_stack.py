@@ -58,6 +58,17 @@ def test_all_four_answer_when_the_stack_is_up(stack: StackState) -> None:
     cluster.close()
 
 
+def test_nothing_listens_beyond_the_loopback_interface_when_the_stack_is_up(stack: StackState) -> None:
+    seen = {
+        each.laddr.ip
+        for process in find(stack.stack_id)
+        for each in process.net_connections("tcp")
+        if each.status == psutil.CONN_LISTEN
+    }
+
+    assert seen <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
 def test_status_names_addresses_and_processes_when_the_stack_is_up(stack: StackState) -> None:
     started = time.monotonic()
     told = json.loads(ncfm(stack.home, "status", "--json").stdout)

@@ -28,6 +28,16 @@ NOTICE_LIMIT_S = 60.0
 """Ray misses a node's heartbeats for ten seconds before it calls it dead."""
 
 
+JOIN = """
+from ray._private import ray_constants, services
+from ray.scripts.scripts import cli
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.resolve_ip_for_localhost = lambda host: host
+cli()
+"""
+"""`ray start` for a node beside a head that nobody may join: it listens on 127.0.0.1, which Ray would rewrite."""
+
+
 class Node:
     """A second node on this machine, whose one CPU takes one job."""
 
@@ -35,7 +45,7 @@ class Node:
         words = head.cmdline()
         told = {name: words[words.index(name) + 1] for name in ("--node-ip-address", "--port")}
         command = [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"),
+            *(sys.executable, "-c", JOIN, "start", "--block", "--num-cpus", "1"),
             *("--address", f"{told['--node-ip-address']}:{told['--port']}"),
             *("--node-ip-address", told["--node-ip-address"]),
             *("--dashboard-agent-listen-port", "0", "--min-worker-port", "0", "--max-worker-port", "0"),

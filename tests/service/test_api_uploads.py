@@ -288,6 +288,45 @@ def test_upload_of_another_key_may_not_be_removed(tmp_path: Path) -> None:
             assert reply.status_code == status
 
 
+def test_upload_of_several_keys_is_removed_by_each_for_itself(tmp_path: Path) -> None:
+    app = create_app(Settings(home=tmp_path))
+    keys = Keys(app.state.store)
+    made = {name: keys.create(name, "submit", expires_at=None)[1] for name in ("first", "second")}
+    made["admin"] = keys.create("admin", "admin", expires_at=None)[1]
+    ids = {name: token.split("_")[1] for name, token in made.items()}
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+
+        def ask(name: str, method: str = "GET") -> Any:
+            headers = {"Authorization": f"Bearer {made[name]}"}
+            return client.request(method, f"/datasets/{sha256(archive())}", headers=headers)
+
+        def post(name: str) -> Any:
+            headers = {"Authorization": f"Bearer {made[name]}"} | ZIP
+            return client.post("/datasets", params={"name": f"of {name}"}, content=archive(), headers=headers)
+
+        assert [post(name).status_code for name in ("first", "second")] == [201, 200]
+        assert post("second").json()["owners"] == [ids["first"], ids["second"]]
+        assert ask("first", "DELETE").status_code == 204
+        left = ask("first").json()
+        assert (left["owner"], left["owners"], left["name"]) == (ids["second"], [ids["second"]], "of second")
+        assert ask("first", "DELETE").status_code == 403
+        assert post("first").status_code == 200
+        assert ask("admin", "DELETE").status_code == 204
+        assert ask("second").status_code == 404
+        assert post("admin").status_code == 201 and post("second").status_code == 200
+        assert ask("admin", "DELETE").status_code == 204
+        assert ask("second").json()["owners"] == [ids["second"]], "an admin's own claim is its own"
+
+
+def test_upload_when_looking_into_it_takes_too_long_is_refused(
+    client: httpx.Client, api_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "LOOK_TIMEOUT_S", 0.01)
+    problem = refused(send(client, archive(30)), 422, "archive_refused")
+    assert "takes longer than" in problem["message"] and "name its path" in problem["hint"]
+    assert f"{sha256(archive(30))}.zip" not in files_of(api_settings)
+
+
 def test_commit_goes_through_the_storage_where_a_nameless_file_gets_no_name(tmp_path: Path) -> None:
     """As on a root that is no folder; here in memory."""
     store, storage = Store(Settings(home=tmp_path).database), Storage("memory://")
@@ -296,9 +335,10 @@ def test_commit_goes_through_the_storage_where_a_nameless_file_gets_no_name(tmp_
     upload = Upload(id=sha256(data), owner="local", name="m", size=len(data), facts={"kind": "zip"}, created_at=now())
     with uploads.spool(len(data)) as file:
         file.write(data)
-        assert uploads.commit(upload, file) == upload
+        upload = uploads.commit(upload, file)
+        assert upload.owners == ("local",)
     assert storage.get(upload.path) == data and uploads.is_stored(upload)
-    uploads.delete(upload)
+    uploads.release(upload, upload.owners)
     assert storage.get(upload.path) is None and uploads.get(upload.id) is None
     store.close()
 
@@ -346,6 +386,33 @@ def test_path_of_data_when_outside_the_roots_is_refused(tmp_path: Path) -> None:
             assert problem["field"] == "dataset.uri" and "NCFM_DATA_ROOTS" in problem["hint"], uri
         refused(post("upload:abc"), 422, "invalid_spec")
         refused(post(f"upload:{'0' * 64}"), 422, "invalid_spec")
+
+
+def test_archive_in_a_bucket_when_it_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    for allowed in ((), ("s3://birds/archives", "gs://fish")):
+        settings = Settings(home=tmp_path / str(len(allowed)), data_buckets=allowed)
+        with TestClient(create_app(settings), base_url="http://127.0.0.1") as client:
+
+            def post(uri: str, client: TestClient = client) -> Any:
+                dataset = {"name": "imagefolder", "uri": uri, "image_size": 8}
+                return client.post("/jobs", json={"dataset": dataset, "ipc": 1, "preset": "quick"})
+
+            for uri in ("s3://birds/archives/a.tar", "gs://fish/a.zip"):
+                reply = post(uri)
+                assert reply.status_code == (201 if allowed else 422), reply.text
+                if not allowed:
+                    problem = refused(reply, 422, "invalid_spec")
+                    assert problem["field"] == "dataset.uri" and "NCFM_DATA_BUCKETS" in problem["hint"]
+            for uri in (
+                "s3://birds/archives2/a.tar",
+                "s3://birds/archives/../a.tar",
+                "s3://birds/archives/%2e%2e/a.tar",
+                "s3://birds/archives",
+                "az://birds/archives/a.tar",
+                "http://birds/archives/a.tar",
+            ):
+                problem = refused(post(uri), 422, "invalid_spec")
+                assert problem["field"] == "dataset.uri", uri
 
 
 def test_roots_of_data_when_others_reach_the_api_are_the_data_folder(tmp_path: Path) -> None:

@@ -361,5 +361,8 @@ def test_lookout_when_ray_and_mlflow_are_away_says_so(world: World) -> None:
 def test_launch_when_the_storage_is_remote_passes_its_url_on(tmp_path: Path) -> None:
     env: Mapping[str, str] = Launch.from_settings(Settings(home=tmp_path, storage="s3://bucket/prefix")).env
     assert env["NCFM_STORAGE"] == "s3://bucket/prefix"
+    assert env["NCFM_DATA_BUCKETS"] == ""
+    settings = Settings(home=tmp_path, data_buckets=("s3://birds/b", "gs://fish"))
+    assert Launch.from_settings(settings).env["NCFM_DATA_BUCKETS"] == "s3://birds/b,gs://fish"
     relative = Launch.from_settings(Settings(home=tmp_path, storage="here")).env["NCFM_STORAGE"]
     assert Path(relative).is_absolute()

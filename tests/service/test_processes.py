@@ -9,7 +9,7 @@ import pytest
 
 from service.local.stack import lay_out
 from service.processes import PROCESSES, STOP_ORDER, Layout, commands, environments
-from service.settings import Settings
+from service.settings import Settings, SettingsError, load_settings
 
 PORTS = {"api": 1, "mlflow": 2, "ray": 3, "gcs": 4, "client": 5}
 
@@ -38,7 +38,10 @@ def test_ports_reach_the_commands_when_laid_out(layout: Layout) -> None:
 
 def test_everything_stays_on_loopback_when_laid_out(layout: Layout) -> None:
     assert layout.bind == "127.0.0.1"
-    assert option(commands(layout)["ray"], "--node-ip-address").startswith("127.")
+    # Both are needed: without the variable Ray rewrites 127.0.0.1, and with another address it listens everywhere.
+    assert option(commands(layout)["ray"], "--node-ip-address") == "127.0.0.1"
+    assert environments(layout)["ray"]["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in environments(replace(layout, ray_ports=None))["ray"]
     assert "NCFM_PUBLIC_HOSTS" not in environments(layout)["api"]
 
 
@@ -56,6 +59,25 @@ def test_roots_of_data_reach_service_and_drivers_when_set(tmp_path: Path) -> Non
 
     assert {environments(layout)[name].get("NCFM_DATA_ROOTS") for name in ("api", "ray", "controller")} == {"/a,/b"}
     assert "NCFM_DATA_ROOTS" not in environments(replace(layout, data_roots=()))["ray"]
+
+
+def test_buckets_of_data_reach_service_and_drivers_when_set(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, data_buckets=("s3://birds/b", "gs://fish"))
+
+    layout = lay_out(settings, PORTS, token=tmp_path, ray_tmpdir=tmp_path, num_cpus=None)
+
+    told = {environments(layout)[name].get("NCFM_DATA_BUCKETS") for name in ("api", "ray", "controller")}
+    assert told == {"s3://birds/b,gs://fish"}
+    assert "NCFM_DATA_BUCKETS" not in environments(replace(layout, data_buckets=()))["ray"]
+
+
+def test_bucket_with_credentials_in_the_settings_is_refused_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCFM_DATA_BUCKETS", "s3://me:hunter2@birds")
+
+    with pytest.raises(SettingsError, match=r"NCFM_DATA_BUCKETS.*holds credentials") as caught:
+        load_settings()
+
+    assert "hunter2" not in str(caught.value)
 
 
 def test_ray_takes_all_cpus_when_no_number_is_given(layout: Layout) -> None:

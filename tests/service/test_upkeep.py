@@ -17,6 +17,7 @@ from sqlalchemy import delete, insert, text, update
 
 from ncfm_core.submission import resolve
 from service.cli import app as cli
+from service.database import open_unchecked
 from service.jobs import Job, Reason, State, new_job_id
 from service.retention import Limits, tidy
 from service.store import IdempotencyKey, Store
@@ -88,24 +89,112 @@ def findings(ncfm: Ncfm, *arguments: str) -> tuple[int, dict[str, str]]:
 
 
 def test_db_when_empty_new_older_and_newer(ncfm: Ncfm) -> None:
-    code, said = ncfm("db", "check")
-    assert (code, "empty" in said) == (1, True)
-    assert ncfm("db", "upgrade") == (0, "schema none -> 0002\n")
-    assert ncfm("db", "upgrade") == (0, "schema 0002: nothing to do\n")
+    assert ncfm("db", "check")[0] == 1
+    assert ncfm("db", "upgrade") == (0, "schema none -> 0003\n")
+    assert ncfm("db", "upgrade") == (0, "schema 0003: nothing to do\n")
     assert ncfm("db", "check")[0] == 0
     assert ncfm("db", "downgrade", "0001")[0] == 2
     code, said = ncfm("db", "downgrade", "9999", "--yes")
-    assert code == 1 and "Known ones: 0001, 0002" in said
+    assert code == 1 and "Known ones: 0001, 0002, 0003" in said
     assert ncfm("db", "downgrade", "0001", "--yes")[0] == 0
     code, said = ncfm("db", "check", "--json")
     document = json.loads(said)
-    assert (code, document["schema"], document["needs"]) == (1, "0001", "0002")
+    assert (code, document["schema"], document["needs"]) == (1, "0001", "0003")
     assert "ncfm backup" in document["hint"] and "ncfm db upgrade" in document["hint"]
-    assert ncfm("db", "upgrade") == (0, "schema 0001 -> 0002\n")
+    assert ncfm("db", "upgrade") == (0, "schema 0001 -> 0003\n")
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, ncfm: Ncfm, tmp_path: Path) -> Path:
+    """A home that is not there, as after a slip in NCFM_HOME."""
+    folder = tmp_path / "none"
+    for name, value in {"HOME": str(folder), "STORAGE": "", "DATABASE_URL": ""}.items():
+        monkeypatch.setenv(f"NCFM_{name}", value)
+    return folder
+
+
+LOOKS = [
+    "db check",
+    "db check --json",
+    "db downgrade 0001 --yes",
+    "doctor",
+    "doctor --json",
+    "gc",
+    "gc --dry-run",
+    "keys list",
+    "keys revoke x",
+    "backup copy.tar",
+]
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_db_check_when_the_file_is_damaged_says_so(ncfm: Ncfm, store: Store) -> None:
+@pytest.mark.parametrize("command", LOOKS)
+def test_command_that_looks_makes_nothing_and_says_that_nothing_is_there(
+    ncfm: Ncfm, nowhere: Path, command: str
+) -> None:
+    code, said = ncfm(*command.split())
+    assert code == 1 and "there is no database here" in said and str(nowhere / "ncfm.db") in said
+    assert "NCFM_HOME" in said and "Traceback" not in said
+    if command == "doctor":
+        assert f"storage: '{nowhere}/storage': there is no storage root here" in said
+    assert not nowhere.exists() and not Path("copy.tar").exists()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_command_that_looks_leaves_the_folder_as_it_is(ncfm: Ncfm, store: Store, storage: Storage) -> None:
+    ended(store, storage)
+    file = Path(str(store.engine.url.database))
+
+    def seen() -> dict[str, tuple[int, int]]:
+        return {each.name: (each.stat().st_size, each.stat().st_mtime_ns) for each in file.parent.iterdir()}
+
+    for is_open in (True, False):
+        if not is_open:
+            store.close()
+        before = seen()
+        assert ("ncfm.db-wal" in before) == is_open
+        for command in ("db check", "doctor --deep", "gc --dry-run", "keys list"):
+            assert ncfm(*command.split())[0] == 0
+        after = seen()
+        # The index of the journal counts its readers.
+        assert {name: each for name, each in after.items() if not name.endswith("-shm")} == {
+            name: each for name, each in before.items() if not name.endswith("-shm")
+        }
+        assert after.keys() == before.keys()
+
+
+def test_gc_when_the_database_is_empty_takes_no_upload_for_one_without_a_name(
+    ncfm: Ncfm, database_url: str, storage: Storage, tmp_path: Path
+) -> None:
+    open_unchecked(database_url).close()
+    if database_url.startswith("sqlite"):
+        sqlite3.connect(database_url.removeprefix("sqlite:///")).close()
+        Path(database_url.removeprefix("sqlite:///")).touch()
+    storage.put(f"uploads/{'f' * 64}.zip", b"u")
+    age_file(tmp_path / f"storage/uploads/{'f' * 64}.zip", 3)
+    code, said = ncfm("gc")
+    assert code == 1 and "the database is empty" in said
+    assert storage.list("uploads")
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_restore_when_there_is_no_database_leaves_nothing_beside_it(
+    ncfm: Ncfm, store: Store, nowhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, url = new_job(store), str(store.engine.url)
+    monkeypatch.setenv("NCFM_DATABASE_URL", url)
+    assert ncfm("backup", str(tmp_path / "copy.tar"))[0] == 0
+    monkeypatch.setenv("NCFM_DATABASE_URL", "")
+    code, said = ncfm("restore", str(tmp_path / "copy.tar"))
+    assert code == 0, said
+    assert [each.name for each in nowhere.iterdir() if "-" not in each.name] == ["ncfm.db"]
+    assert not list(nowhere.glob("*.replaced-*"))
+    with Store(f"sqlite:///{nowhere}/ncfm.db") as restored:
+        assert restored.get(job.id) == job
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_db_check_when_the_file_is_damaged_says_so(ncfm: Ncfm, store: Store, storage: Storage) -> None:
     for _ in range(50):
         new_job(store)
     path = Path(str(store.engine.url.database))
