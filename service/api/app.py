@@ -20,6 +20,7 @@ from service.api import (
     following,
     forecast,
     health,
+    job_logs,
     jobs,
     listing,
     metrics_series,
@@ -79,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.figures, app.state.draining = figures, draining
     app.state.taking = uploads.Taking(settings.max_upload_bytes)
     app.state.sources = Sources(settings, Uploads(store, storage))
-    for routes in (jobs, forecast, listing, following, changes, reruns, metrics_series):
+    for routes in (jobs, forecast, listing, following, job_logs, changes, reruns, metrics_series):
         app.include_router(routes.router)
     for routes in (artifacts, capabilities, cluster_view, audit, uploads, health, prometheus, reference):
         app.include_router(routes.router)

@@ -175,7 +175,12 @@ def show(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
 
 def logs(
     job_id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the job has ended.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on printing, over further attempts too, until the job has ended.")
+    ] = False,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Only this attempt, to its end; from the last one on by default.")
+    ] = None,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
@@ -183,10 +188,11 @@ def logs(
     with connect(url) as client:
         if follow and not json:
             with detaching(job_id):
-                for line in client.follow_log(job_id):
+                for line in client.follow_log(job_id, attempt=attempt):
                     results.print(line, markup=False, end="")
             return
-        text = "".join(client.follow_log(job_id)) if follow else client.logs(job_id)
+        lines = client.follow_log(job_id, attempt=attempt) if follow else [client.logs(job_id, attempt=attempt)]
+        text = "".join(lines)
     if json:
         as_json({"id": job_id, "logs": text})
     else:

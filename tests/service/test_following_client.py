@@ -204,6 +204,8 @@ def test_commands_follow_log_and_job(
     api_storage.put(attempt_path(job_id, 1, "driver.log"), b"[bold]hello\n")
     later(0.6, lambda: move(api_store, job_id, State.FAILED))
     assert ncfm("logs", "-f", job_id)[:2] == (0, "[bold]hello\n")
+    assert ncfm("logs", "--attempt", "1", job_id)[:2] == (0, "[bold]hello\n")
+    assert ncfm("logs", "--attempt", "2", job_id)[0] == cli.EXIT_BAD_INPUT
     assert ncfm("watch", job_id)[0] == 1
 
 
