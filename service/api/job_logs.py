@@ -101,17 +101,19 @@ async def get_logs(
     begin = Position(number, 0)
     if after is not None:
         begin = position_in(job, after, field="after", attempt=attempt, otherwise=number)
-    is_stream = wants_stream(request)
-    # Who comes back asks with the same query as before.
-    comes_back = is_stream and last_event_id is not None
-    if tail is not None and not comes_back:
+    sent: Position | None = None
+    if last_event_id is not None:
+        sent = position_in(job, last_event_id, field="Last-Event-ID", attempt=attempt, otherwise=1)
+    is_stream, is_pinned = wants_stream(request), attempt is not None
+    if is_stream and sent is not None:
+        if await run_in_threadpool(_is_all, storage, job, sent, pinned=is_pinned):
+            return Response(status_code=204)
+        # Whoever comes back asks with the same query as before.
+        begin = sent
+    elif tail is not None:
         begin = await run_in_threadpool(tail_of, storage, job, number, lines=tail)
     if is_stream:
-        if last_event_id is not None:
-            begin = position_in(job, last_event_id, field="Last-Event-ID", attempt=attempt, otherwise=1)
-            if await run_in_threadpool(_is_all, storage, job, begin, pinned=attempt is not None):
-                return Response(status_code=204)
-        return _stream(request, streams, job, begin, owner=caller.owner, pinned=attempt is not None)
+        return _stream(request, streams, job, begin, owner=caller.owner, pinned=is_pinned)
     if not _wants_page(request):
         return await run_in_threadpool(_text, request, storage, job, begin, limit)
     read = partial(read_lines, limit=limit or tail or PAGE_LINES)
