@@ -15,6 +15,7 @@ from rich.table import Table
 from ncfm_core.errors import SpecError
 from service.cli.progress_bars import StageBars
 from service.cli.terminal import as_json, messages, results
+from service.cli.words import in_commands
 from service.client import Client, ServiceAway
 from service.local.state import Home
 from service.replies import Job
@@ -324,7 +325,7 @@ def _show(job: Job, json: bool) -> None:
         left = f", about {job.progress.eta_seconds:.0f} s left" if job.progress.eta_seconds is not None else ""
         table.add_row("progress", f"{job.progress.stage} {job.progress.completed}/{job.progress.total}{left}")
     if job.state == "failed":
-        table.add_row("error", job.complaint)
+        table.add_row("error", in_commands(job.complaint))
     if job.mlflow_url:
         table.add_row("MLflow", job.mlflow_url)
     results.print(table)

@@ -79,3 +79,85 @@ def test_document_has_422_for_every_route(client: httpx.Client) -> None:
     for path, operations in client.get("/openapi.json").json()["paths"].items():
         for method, operation in operations.items():
             assert "422" in operation["responses"], (method, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "hint"),
+    [
+        ("/jobs?limit=1000", "limit", "'1000'", "Choose 200 or less."),
+        ("/jobs?limit=many", "limit", "'many'", "Write a whole number, such as 1."),
+        ("/jobs?state=foo", "state", "'foo'", "Known: queued, starting, running, "),
+        ("/jobs?state=queued&state=runing", "state", "'runing'", "Did you mean 'running'?"),
+        ("/jobs?label=ab", "label", "'ab'", "Write label=key:value; "),
+        ("/jobs?owner=%00", "owner", "'\\x00'", "Leave out the NUL."),
+        ("/jobs?dataset=" + "x" * 200, "dataset", "'xxx", "Keep to 128 characters."),
+        ("/jobs?" + "&".join(["label=a:b"] * 9), "label", "['a:b'", "Give 8 or fewer."),
+        ("/jobs/{id}?wait=500", "wait", "'500'", "Choose 60 or less."),
+        ("/jobs/{id}?wait=long", "wait", "'long'", "Write a number, such as 0.5."),
+        ("/jobs/{id}?until=changed", "until", "'changed'", "Did you mean 'change'?"),
+        ("/jobs/{id}/metrics?max_points=0", "max_points", "'0'", "Choose 2 or more."),
+        ("/jobs/{id}/metrics?key=%00", "key", "'\\x00'", "Write the name of a metric"),
+        ("/jobs/{id}/logs?limit=0", "limit", "'0'", "Choose 1 or more."),
+        ("/datasets?cursor=x", "cursor", "'x'", "Pass `next` of the page before"),
+    ],
+)
+def test_parameter_when_not_legal_comes_with_the_way_out(
+    client: httpx.Client, a_job: str, path: str, field: str, value: str, hint: str
+) -> None:
+    error = refused(client.get(path.format(id=a_job)))
+    assert error["field"] == field
+    assert error["value"].startswith(value) and error["hint"].startswith(hint), error
+    assert "pattern" not in error["message"] and "^" not in error["message"] + error["hint"]
+
+
+def test_header_and_missing_parameter_come_with_the_way_out(client: httpx.Client, a_job: str) -> None:
+    for below in ("events", "logs"):
+        error = refused(client.get(f"/jobs/{a_job}/{below}", headers=STREAM | {"Last-Event-ID": "abc"}))
+        assert (error["field"], error["value"]) == ("Last-Event-ID", "'abc'") and error["hint"]
+    error = refused(client.post("/datasets", content=b"x", headers={"Content-Type": "application/zip"}))
+    assert (error["field"], error["message"], error["hint"]) == ("name", "required", "Add it to the query: name=...")
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
+def test_page_of_another_site_is_told_how_else(client: httpx.Client, headers: dict[str, str]) -> None:
+    [error] = client.post("/jobs", json=SMALLEST, headers=headers).json()["errors"]
+    assert "curl" in error["hint"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "value", "hint"),
+    [
+        ({"mode": "hard"}, "mode", "'hard'", "Known: graceful, force."),
+        ({"mode": "forced"}, "mode", "'forced'", "Did you mean 'force'?"),
+        ({"grace_seconds": -1}, "grace_seconds", "-1", "Choose 0 or more."),
+        ({"grace_seconds": 4000}, "grace_seconds", "4000", "Choose 3600 or less."),
+        ({"grace_seconds": "1"}, "grace_seconds", "'1'", "Write a number without quotes, such as 0.01."),
+        ({"checkpoint": 1}, "checkpoint", "1", "Write true or false."),
+        ({"mod": "force"}, "mod", "'force'", "Did you mean 'mode'?"),
+    ],
+)
+def test_cancel_when_not_legal_comes_with_the_way_out(
+    client: httpx.Client, a_job: str, body: dict[str, Any], field: str, value: str, hint: str
+) -> None:
+    error = refused(client.post(f"/jobs/{a_job}/cancel", json=body))
+    assert (error["field"], error["value"], error["hint"]) == (field, value, hint)
+
+
+def test_unknown_key_is_shown_with_its_value(client: httpx.Client, a_job: str) -> None:
+    for method, path, body, value in (
+        ("POST", "/jobs", SMALLEST | {"stpes": 5}, "5"),
+        ("POST", "/jobs", SMALLEST | {"method": {"stepz": 6}}, "6"),
+        ("POST", "/jobs", SMALLEST | {"priorty": 7}, "7"),
+        ("POST", f"/jobs/{a_job}/rerun", {"override": {}}, "{}"),
+        ("PATCH", f"/jobs/{a_job}", {"label": "x"}, "'x'"),
+    ):
+        error = refused(client.request(method, path, json=body))
+        assert error["value"] == value and error["hint"], (path, error)
+
+
+def test_address_that_cannot_be_read_is_shown_with_the_way_out_apart(client: httpx.Client) -> None:
+    dataset = {"name": "imagefolder", "uri": "s3://bucket/birds.tar", "image_size": 64}
+    error = refused(client.post("/jobs", json={"dataset": dataset, "ipc": 1}))
+    assert (error["field"], error["value"]) == ("dataset.uri", "'s3://bucket/birds.tar'")
+    assert error["message"] == "s3:// cannot be read here"
+    assert error["hint"].startswith("Copy the data")
