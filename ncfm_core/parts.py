@@ -20,3 +20,11 @@ class Part(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
     )
+
+
+class UnfitError(ValueError):
+    """A value that is legal as such but not beside the fields before it; raised by validators."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from ncfm_core.parts import Epochs, Part
+from ncfm_core.parts import Epochs, Part, UnfitError
 
 
 class Uniform(Part):
@@ -57,7 +57,10 @@ class SearchSpec(Part):
                 continue
             (low, high), *_ = entry.model_dump().values()
             if not low < high:
-                raise ValueError(f"{name}: the lower bound must be below the upper one, got [{low}, {high}]")
+                raise UnfitError(
+                    f"{name}: the lower bound is not below the upper one", f"Swap or spread [{low}, {high}]."
+                )
             if isinstance(entry, LogUniform) and low <= 0:
-                raise ValueError(f"{name}: loguniform needs positive bounds, got [{low}, {high}]")
+                hint = f"Choose uniform for [{low}, {high}], or bounds above 0."
+                raise UnfitError(f"{name}: loguniform needs positive bounds", hint)
         return space

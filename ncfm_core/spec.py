@@ -24,7 +24,7 @@ from pydantic import (
 
 from ncfm_core.catalog import DatasetFacts, DatasetName, PresetName, dataset_facts
 from ncfm_core.networks import NETWORKS, NetworkName, Norm
-from ncfm_core.parts import BatchSize, Epochs, Fraction, Part, Rate, Seed, Weight
+from ncfm_core.parts import BatchSize, Epochs, Fraction, Part, Rate, Seed, UnfitError, Weight
 from ncfm_core.space import SearchSpec
 
 ProtocolName = Literal["dc", "ncfm", "apm", "ddranking", "quick", "custom"]
@@ -56,7 +56,10 @@ class DatasetSpec(Part):
         scheme = uri.partition("://")[0] if uri and "://" in uri else "file"
         if scheme not in ("file", *BUCKET_SCHEMES):
             known = ", ".join(f"{each}://" for each in BUCKET_SCHEMES)
-            hint = f"Copy the data to where the cluster reads files and give the path, or to a bucket ({known})."
+            hint = (
+                f"Copy the data to where the cluster reads files and give the path, or to a bucket ({known}); "
+                "or upload it: POST /datasets."
+            )
             raise UnfitError(f"{scheme}:// cannot be read here", hint)
         return uri
 
@@ -64,9 +67,9 @@ class DatasetSpec(Part):
     def _own_data_have_a_place(self) -> DatasetSpec:
         for name, value in (("uri", self.uri), ("image_size", self.image_size)):
             if self.name == "imagefolder" and value is None:
-                raise ValueError(f"imagefolder needs {name}, as in {_EXAMPLE}")
+                raise UnfitError(f"imagefolder needs {name}", f"Write it as in {_EXAMPLE}.")
             if self.name != "imagefolder" and value is not None:
-                raise ValueError(f"{name} belongs to imagefolder; {self.name} has its own")
+                raise UnfitError(f"{name} belongs to imagefolder; {self.name} has its own", "Leave it out.")
         return self
 
     @model_serializer(mode="wrap")
@@ -89,14 +92,6 @@ def _stem(uri: str) -> str:
     for ending in (".tar.gz", ".tgz", ".tar", ".zip"):
         name = name.removesuffix(ending)
     return re.sub(r"[^\w .-]+", "-", name)[:60] or "imagefolder"
-
-
-class UnfitError(ValueError):
-    """A value that is legal as such but cannot be used, mostly beside the fields before it; raised by validators."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 class ModelSpec(Part):
@@ -206,9 +201,11 @@ class NcfmSpec(Part):
     @model_validator(mode="after")
     def _components_divide_frequencies(self) -> NcfmSpec:
         if self.sampler == "scale_mixture" and self.num_frequencies % self.num_components:
-            raise ValueError(
-                f"num_frequencies ({self.num_frequencies}) must be a multiple of num_components ({self.num_components})"
+            message = (
+                f"num_frequencies ({self.num_frequencies}) is not a multiple of num_components ({self.num_components})"
             )
+            nearest = max(1, self.num_frequencies // self.num_components) * self.num_components
+            raise UnfitError(message, f"Choose num_frequencies {nearest}, say.")
         return self
 
 
@@ -346,9 +343,9 @@ class JobSpec(Part):
     @classmethod
     def _random_and_no_doubles(cls, baselines: tuple[BaselineName, ...]) -> tuple[BaselineName, ...]:
         if "random_real" not in baselines:
-            raise ValueError("random_real is judged beside every set: add it")
+            raise UnfitError("random_real is judged beside every set", "Add it.")
         if len(set(baselines)) < len(baselines):
-            raise ValueError("each baseline may be named once")
+            raise UnfitError("a baseline is named twice", "Name each once.")
         return baselines
 
     def document(self) -> dict[str, JsonValue]:

@@ -19,9 +19,10 @@ from ncfm_core.catalog import DATASETS, DatasetFacts, PresetName, dataset_facts,
 from ncfm_core.errors import Problem, SpecError, shorten
 from ncfm_core.geometry import padded, smallest_image
 from ncfm_core.networks import NETWORKS
+from ncfm_core.parts import UnfitError
 from ncfm_core.presets import overlay
 from ncfm_core.protocols import PROTOCOLS, RATE_FRACTION, Document, held_out_count, protocol
-from ncfm_core.spec import DatasetSpec, JobSpec, ModelSpec, UnfitError
+from ncfm_core.spec import DatasetSpec, JobSpec, ModelSpec
 
 _NAMED = ("dataset", "method", "model")
 """Parts that may be given by their name alone."""
@@ -38,9 +39,20 @@ HINTS = {
     "float_type": "Write a number without quotes, such as 0.01.",
     "string_type": "Write text in quotes.",
     "model_type": "Write an object of its fields.",
+    "bool_type": "Write true or false.",
     "tuple_type": "Write a list.",
+    "dict_type": "Write an object.",
+    "too_short": "Give {1} or more.",
+    "too_long": "Give {1} or fewer.",
+    "string_too_short": "Write {} or more characters.",
+    "string_too_long": "Keep to {} characters.",
 }
-"""The way out for what pydantic calls an error of that type; {} is the bound."""
+"""The way out for what pydantic calls an error of that type; {} is the bound, or {1} where a name comes before it."""
+FORMS = {
+    r"^[\w .:-]+$": "Use letters, digits, spaces and _ . : -.",
+    r"^[^\x00-\x1f\x7f]+$": "Leave out the control characters.",
+}
+"""The patterns of the spec in words."""
 
 
 def _named(value: JsonValue) -> JsonValue:
@@ -305,7 +317,10 @@ def _problem(details: Any) -> Problem:
         parents = location[:-1] if location[-1:] == [key] else location
         known = _fields_at(parents)
         return Problem(
-            ".".join(map(str, [*parents, key])), "", "unknown key", nearest(key.lower(), known) if known else ""
+            ".".join(map(str, [*parents, key])),
+            shorten(details["input"]),
+            "unknown key",
+            nearest(key.lower(), known) if known else "Leave it out.",
         )
     path = ".".join(str(part) for part in location)
     if kind == "missing":
@@ -320,9 +335,22 @@ def _problem(details: Any) -> Problem:
         unfit = context["error"]
         if isinstance(unfit, UnfitError):
             return Problem(path, "" if details["input"] is None else value, str(unfit), unfit.hint)
-        return Problem(path, "", details["msg"].removeprefix("Value error, "), "")
-    message, limit = details["msg"], next(iter(context.values()), "")
-    return Problem(path, value, message[0].lower() + message[1:], HINTS.get(kind, "").format(limit))
+        return Problem(path, value, details["msg"].removeprefix("Value error, "), "")
+    return Problem(path, value, *in_words(details, FORMS))
+
+
+def in_words(details: Any, forms: Mapping[str, str]) -> tuple[str, str]:
+    """What is wrong by an error of pydantic, and the way out; the way out is empty where none is known.
+
+    Args:
+        details: of the error.
+        forms: patterns in words.
+    """
+    kind, context, message = details["type"], details.get("ctx", {}), details["msg"]
+    if kind == "string_pattern_mismatch":
+        return "not of the form that it must have", forms.get(context["pattern"], "")
+    bounds = [f"{value:g}" if isinstance(value, float) else value for value in context.values()]
+    return message[0].lower() + message[1:], HINTS.get(kind, "").format(*bounds)
 
 
 def _fields_at(location: list[str | int]) -> tuple[str, ...]:

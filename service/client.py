@@ -17,12 +17,10 @@ from pydantic import JsonValue
 
 from service.connection import CONNECT_TIMEOUT_S, POLL_S, ClientError, Connection, ServiceAway
 from service.replies import (
-    FINAL,
     Artifact,
     ArtifactPage,
     Attempt,
     AttemptPage,
-    End,
     Event,
     EventPage,
     Forecast,
@@ -145,9 +143,17 @@ class Client(Connection):
         wish |= {} if grace_seconds is None else {"grace_seconds": grace_seconds}
         return self._get(Job, "POST", _path(job_id, "cancel"), content=_encode(wish), headers=JSON)
 
-    def logs(self, job_id: str) -> str:
-        """What the driver of the last attempt has printed."""
-        return self._ask("GET", _path(job_id, "logs")).text
+    def logs(self, job_id: str, *, attempt: int | None = None, tail: int | None = None) -> str:
+        """What a driver has printed.
+
+        Args:
+            job_id: of the job.
+            attempt: whose driver; the last one's by default.
+            tail: so many of its last lines; all by default.
+        """
+        given = {"attempt": attempt, "tail": tail}
+        params = {name: str(value) for name, value in given.items() if value is not None}
+        return self._ask("GET", _path(job_id, "logs"), params=params, headers={"Accept": "text/plain"}).text
 
     def artifacts(self, job_id: str) -> list[Artifact]:
         """The files of the distilled set; none before the job has succeeded."""
@@ -257,25 +263,19 @@ class Client(Connection):
                 return
 
     def follow_log(self, job_id: str, *, attempt: int | None = None, patience_s: float = PATIENCE_S) -> Iterator[str]:
-        """The lines of a job's log, as they come, over all attempts from the current one on.
+        """The lines of a job's log, as they come, from the current attempt on to the end of the job.
 
         Args:
             job_id: of the job.
-            attempt: only this one.
+            attempt: only this one, to its end.
             patience_s: how long the service may be away.
         """
-        number = attempt or max(1, self.job(job_id).attempt)
-        while True:
-            end = End(state=None)
-            params = {"attempt": str(number)}
-            for message in self._messages(_path(job_id, "logs"), params, patience_s=patience_s):
-                if message.event == "end":
-                    end = self._read(End, message.data)
-                else:
-                    yield f"{message.data}\n"
-            if attempt is not None or end.state is None or end.state in FINAL or end.attempt <= number:
-                return
-            number = end.attempt
+        # Named from the start: another attempt may have begun by the time that a lost connection is made again.
+        begin = f"{attempt or max(1, self.job(job_id).attempt)}:0"
+        params = {} if attempt is None else {"attempt": str(attempt)}
+        for message in self._messages(_path(job_id, "logs"), params, patience_s=patience_s, last_id=begin):
+            if message.event != "end":
+                yield f"{message.data}\n"
 
     def _make(self, path: str, document: Mapping[str, JsonValue], key: str | None) -> Job:
         """A request that makes a job: sent again, under one key, until it is answered or too much time has passed."""

@@ -116,9 +116,18 @@ class Connection:
             raise self._refusal(response)
         return response
 
-    def _messages(self, path: str, params: Mapping[str, str], *, patience_s: float) -> Iterator[Message]:
-        """The messages of a stream to its end, with as many connections as that takes."""
-        heard_at, last_id = [time.monotonic()], ""
+    def _messages(
+        self, path: str, params: Mapping[str, str], *, patience_s: float, last_id: str = ""
+    ) -> Iterator[Message]:
+        """The messages of a stream to its end, with as many connections as that takes.
+
+        Args:
+            path: of the stream.
+            params: of its query.
+            patience_s: how long the service may be away.
+            last_id: where to begin.
+        """
+        heard_at = [time.monotonic()]
         while True:
             headers = {"Accept": MEDIA_TYPE} | ({"Last-Event-ID": last_id} if last_id else {})
             timeout = httpx.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S, read=READ_S)

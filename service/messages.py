@@ -27,6 +27,9 @@ def parse(chunks: Iterable[bytes]) -> Iterator[Message]:
             name, _, value = line.partition(":")
             if name:
                 fields.setdefault(name, []).append(value.removeprefix(" "))
+        elif fields and "data" not in fields:
+            # Not a message (it may set the id to go on from, as a stream of a log does before its first line).
+            fields = {}
         elif fields:
             event, number = fields.get("event", ["message"])[-1], fields.get("id", [""])[-1]
             yield Message(event, "\n".join(fields.get("data", ())), number)

@@ -174,14 +174,6 @@ class Forecast(Reply):
     warnings: tuple[str, ...] = ()
 
 
-class End(Reply):
-    """Last message of a stream."""
-
-    state: str | None
-    """Of the job; None where it has been deleted."""
-    attempt: int = 0
-
-
 class AttemptPage(Reply):
     items: tuple[Attempt, ...]
 

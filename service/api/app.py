@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.responses import RedirectResponse
 
 from service.api import (
@@ -20,6 +20,7 @@ from service.api import (
     following,
     forecast,
     health,
+    job_logs,
     jobs,
     listing,
     metrics_series,
@@ -32,6 +33,7 @@ from service.api import (
 from service.api.auth import Access
 from service.api.draining import Draining
 from service.api.guard import Guard
+from service.api.parameters import refuse_unknown
 from service.api.prometheus import Figures
 from service.api.sources import Sources
 from service.api.streams import Streams
@@ -72,6 +74,9 @@ def create_app(settings: Settings) -> FastAPI:
         # The framework's own pages take their script from elsewhere: without a way out they stay blank.
         docs_url=None,
         redoc_url=None,
+        # A route of ours serves it, which is held to the same rules as the others.
+        openapi_url=None,
+        dependencies=[Depends(refuse_unknown)],
     )
     app.state.store, app.state.storage = store, storage
     app.state.streams = Streams(store, storage)
@@ -79,7 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.figures, app.state.draining = figures, draining
     app.state.taking = uploads.Taking(settings.max_upload_bytes)
     app.state.sources = Sources(settings, Uploads(store, storage))
-    for routes in (jobs, forecast, listing, following, changes, reruns, metrics_series):
+    for routes in (jobs, forecast, listing, following, job_logs, changes, reruns, metrics_series):
         app.include_router(routes.router)
     for routes in (artifacts, capabilities, cluster_view, audit, uploads, health, prometheus, reference):
         app.include_router(routes.router)

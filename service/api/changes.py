@@ -13,6 +13,7 @@ from ncfm_core.errors import Problem, SpecError, shorten
 from service.api.context import CallerDep, JobDep, StoreDep, may_change
 from service.api.envelope import ENVELOPE_SCHEMA, merged, read_envelope
 from service.api.errors import NotFound, NotReady
+from service.api.faults import body_problem
 from service.api.looking import JOB_PATH, IfMatch, check_match, etag_of, show
 from service.api.models import JobBody
 from service.api.openapi import problems
@@ -50,15 +51,8 @@ async def _cancel_body(request: Request) -> CancelBody:
     try:
         return CancelBody.model_validate(document)
     except ValidationError as error:
-        raise SpecError(*(_fault(details) for details in error.errors())) from None
-
-
-def _fault(details: Any) -> Problem:
-    field = ".".join(str(part) for part in details["loc"])
-    if details["type"] == "extra_forbidden":
-        return Problem(field, "", "unknown key", nearest(field, tuple(CancelBody.model_fields)))
-    message = str(details["msg"])
-    return Problem(field, shorten(details["input"]), message[0].lower() + message[1:])
+        known = tuple(CancelBody.model_fields)
+        raise SpecError(*(body_problem(details, known) for details in error.errors())) from None
 
 
 @router.post(
@@ -166,7 +160,9 @@ def change_job(
     unknown = [key for key in document if key not in ENVELOPE_SCHEMA]
     if unknown:
         known = tuple(ENVELOPE_SCHEMA)
-        raise SpecError(*(Problem(key, "", "cannot be changed", nearest(key, known)) for key in unknown))
+        raise SpecError(
+            *(Problem(key, shorten(document[key]), "cannot be changed", nearest(key, known)) for key in unknown)
+        )
     sources.check(document)
     envelope = read_envelope(document, may_remove=True)
 

@@ -62,7 +62,7 @@ def split(document: Mapping[str, JsonValue]) -> tuple[Envelope, dict[str, JsonVa
     hints = {key: nearest(key.lower(), known) for key in rest if key not in known}
     near = {key: hint for key, hint in hints.items() if hint.endswith(tuple(f"{name!r}?" for name in ENVELOPE_SCHEMA))}
     if near:
-        raise SpecError(*(Problem(key, "", "unknown key", hint) for key, hint in near.items()))
+        raise SpecError(*(Problem(key, shorten(rest[key]), "unknown key", hint) for key, hint in near.items()))
     return read_envelope(document), rest
 
 

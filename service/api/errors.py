@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from ncfm_core.errors import NcfmError, Problem, SpecError, StorageError, shorten
+from service.api.faults import parameter_problem
 from service.archives import ArchiveRefused
 from service.database import StoreError, StoreFullError
 from service.jobs import IllegalMove
@@ -271,7 +272,7 @@ def install(app: FastAPI) -> None:
 
     async def on_invalid_request(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        problems = [_parameter_problem(details) for details in error.errors()]
+        problems = [parameter_problem(details) for details in error.errors()]
         return problem_response(request.scope, HTTPStatus(422), InvalidParameter.code, problems)
 
     async def on_bug(request: Request, error: Exception) -> Response:
@@ -297,7 +298,13 @@ def _framework_problem(request: Request, error: HTTPException, routes: Sequence[
         problem = Problem("method", shorten(request.method), "not allowed here", f"Allowed: {allowed}.")
         return problem_response(request.scope, status, "method_not_allowed", [problem], headers={"Allow": allowed})
     code = status.phrase.lower().replace(" ", "_")
-    return problem_response(request.scope, status, code, [Problem("", "", str(error.detail))], headers=error.headers)
+    return problem_response(
+        request.scope,
+        status,
+        code,
+        [Problem("", "", str(error.detail), "GET /openapi.json has what is taken here.")],
+        headers=error.headers,
+    )
 
 
 def _allowed_methods(scope: Scope, routes: Sequence[BaseRoute]) -> list[str]:
@@ -308,15 +315,3 @@ def _allowed_methods(scope: Scope, routes: Sequence[BaseRoute]) -> list[str]:
         if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
     ]
     return [*allowed, "HEAD"] if "GET" in allowed and "HEAD" not in allowed else allowed
-
-
-def _parameter_problem(details: Mapping[str, object]) -> Problem:
-    location = details["loc"]
-    assert isinstance(location, tuple)
-    message = str(details["msg"])
-    value = details.get("input")
-    return Problem(
-        ".".join(str(part) for part in location[1:]),
-        "" if value is None else shorten(value),
-        message[0].lower() + message[1:],
-    )

@@ -23,6 +23,8 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
 """Of all headers of a request together."""
+_ELSEWHERE = "pages of other sites may not change anything here"
+_NO_PAGE = "Send it from a program, such as curl or `ncfm`, that says nothing of a page"
 
 
 class Guard:
@@ -77,10 +79,10 @@ class Guard:
             return None
         site = headers.get("sec-fetch-site", "none")
         if site not in ("none", "same-origin"):
-            return ForeignRequest.of("Sec-Fetch-Site", site, "pages of other sites may not change anything here", "")
+            return ForeignRequest.of("Sec-Fetch-Site", site, _ELSEWHERE, f"{_NO_PAGE}.")
         origin = headers.get("origin")
         if origin is not None and _place(origin) != host.lower():
-            return ForeignRequest.of("Origin", origin, "pages of other sites may not change anything here", "")
+            return ForeignRequest.of("Origin", origin, _ELSEWHERE, f"{_NO_PAGE}, or from a page of {host} itself.")
         return None
 
     def _is_ours(self, host: str) -> bool:

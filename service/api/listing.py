@@ -14,8 +14,8 @@ from fastapi import APIRouter, Query
 
 from ncfm_core.errors import Problem, shorten
 from service.api.context import StoreDep
-from service.api.envelope import LABEL_KEY, MAX_LABEL_CHARS
 from service.api.errors import InvalidParameter
+from service.api.faults import LABEL, NO_NUL
 from service.api.models import JobList, JobSummary, Mean, ProgressBody
 from service.api.openapi import problems
 from service.filtering import Filter
@@ -26,16 +26,14 @@ router = APIRouter(tags=["jobs"])
 
 MAX_LIMIT = 200
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="Most items of the page.")]
-_NO_NUL = r"^[^\x00]*$"
-_Text = Query(max_length=128, pattern=_NO_NUL)
-_LABEL = rf"^{LABEL_KEY}:[^\x00]{{0,{MAX_LABEL_CHARS}}}$"
+_Text = Query(max_length=128, pattern=NO_NUL)
 _Time = Query(
     max_length=64,
     json_schema_extra={"format": "date-time"},
     description="Such as 2026-01-31T12:00:00Z; UTC where no zone is given.",
 )
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
-_Label = Annotated[str, Query(pattern=_LABEL)]
+_Label = Annotated[str, Query(pattern=LABEL)]
 
 
 @router.get("/jobs", responses=problems(422, 503), summary="List")

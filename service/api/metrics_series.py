@@ -12,6 +12,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from service.api.context import JobDep, StorageDep
+from service.api.faults import METRIC
 from service.api.models import Body
 from service.api.openapi import problems
 from service.jobs import Job
@@ -24,7 +25,6 @@ HISTORY = "history.jsonl"
 MAX_BYTES = 32 << 20
 """Of one history: a longer one is not a history of ours."""
 MAX_HISTORIES = 200
-_NO_NUL = r"^[^\x00]{1,128}$"
 
 Row = dict[str, float]
 
@@ -76,7 +76,7 @@ def get_metrics(
     job: JobDep,
     storage: StorageDep,
     key: Annotated[
-        list[Annotated[str, Query(pattern=_NO_NUL)]] | None,
+        list[Annotated[str, Query(pattern=METRIC)]] | None,
         Query(max_length=50, description="Names of metrics, such as `loss`; all by default."),
     ] = None,
     max_points: Annotated[int, Query(ge=2, le=10_000, description="Of one series.")] = 500,

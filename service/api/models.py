@@ -200,6 +200,19 @@ class EventList(Body):
     """`after` for what follows, or null where this was all so far."""
 
 
+class LogLines(Body):
+    """A page of a job's log, oldest lines first."""
+
+    attempt: int
+    """Whose log it is."""
+    items: list[str]
+    """Lines without their ends. A line of more than 256 KiB comes in pieces; one that is not whole yet comes later."""
+    position: str
+    """The place behind the last line, `<attempt>:<bytes>`: `after` for what is still to be written."""
+    next: str | None
+    """`after` for what follows, also in the log of the next attempt; null where this was all so far."""
+
+
 class AttemptList(Body):
     """Attempts at a job, oldest first."""
 

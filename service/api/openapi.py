@@ -32,8 +32,8 @@ SUBMISSION = {
 DESCRIPTION = f"""Dataset distillation as a service: post a data set and a number of images per class, get back a tiny
 synthetic set that trains a network almost as well as the full data, and the evidence.
 
-Errors are `application/problem+json` and name the field, its value and the way out. Times are UTC,
-sizes bytes, accuracies percent.
+Errors are `application/problem+json` and name the field, its value and the way out. A parameter that a route does not have is
+refused with 422. Times are UTC, sizes bytes, accuracies percent.
 
 ### States of a job
 
@@ -84,6 +84,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
         for operation in operations.values():
             for parameter in operation.get("parameters", ()):
                 _unwrap_optional(parameter["schema"])
+            # Every route may refuse a parameter, also one that has none.
+            operation["responses"].setdefault("422", problems(422)[422])
             for status, response in operation["responses"].items():
                 if "HTTPValidationError" in str(response):
                     operation["responses"][status] = problems(422)[422]

@@ -1,4 +1,7 @@
-"""Route: the page about this API. Small, without script; nothing of it comes from elsewhere, so it is there offline too."""
+"""Routes: the description of this API, and a page about it.
+
+The page is small and without script; nothing of it comes from elsewhere, so it is there offline too.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from html import escape
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, JSONResponse
 
 router = APIRouter()
 
@@ -27,6 +30,12 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
 }
+
+
+@router.get("/openapi.json", include_in_schema=False)
+def get_document(request: Request) -> JSONResponse:
+    """The whole description, OpenAPI 3.1."""
+    return JSONResponse(request.app.openapi())
 
 
 @router.get("/docs", include_in_schema=False)

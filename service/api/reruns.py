@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import JsonValue
 
 from ncfm_core.catalog import nearest
-from ncfm_core.errors import Problem, SpecError
+from ncfm_core.errors import Problem, SpecError, shorten
 from service.api.changes import document_body
 from service.api.context import CallerDep, JobDep, StoreDep
 from service.api.envelope import ENVELOPE_SCHEMA, merged, read_envelope
@@ -65,7 +65,9 @@ def rerun_job(
     once = idempotency_key(key, owner=caller.owner, operation=operation, document=document)
     unknown = [name for name in document if name not in _KEYS]
     if unknown:
-        raise SpecError(*(Problem(name, "", "unknown key", nearest(name, _KEYS)) for name in unknown))
+        raise SpecError(
+            *(Problem(name, shorten(document[name]), "unknown key", nearest(name, _KEYS)) for name in unknown)
+        )
     envelope, overrides = read_envelope(document), document.get("overrides", {})
     if not isinstance(overrides, dict):
         raise SpecError.of("overrides", overrides, "not an object", 'Try {"seed": 1}.')

@@ -7,13 +7,15 @@ can be gone on from (`Last-Event-ID`); progress has none and is not sent again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ncfm_core.errors import NcfmError
+from service.api.log_reading import PIECE_BYTES, Position, is_over
 from service.api.models import ProgressBody
 from service.api.streams import AWAY_S, Feed, LogFeed, Streams, until_changed
 from service.jobs import State
@@ -30,7 +32,7 @@ class End(BaseModel):
     state: State | None
     """Of the job; null where it has been deleted."""
     attempt: int
-    """Its last attempt: a log of an earlier one ends when the next begins."""
+    """Its last attempt."""
 
 
 class EventStream(StreamingResponse):
@@ -78,48 +80,73 @@ async def event_stream(streams: Streams, job_id: str, after: int) -> AsyncIterat
                 yield _PING
 
 
-async def log_stream(streams: Streams, job_id: str, *, attempt: int, path: str, after: int) -> AsyncIterator[bytes]:
-    """The lines of an attempt's log beyond byte `after`, and its end."""
-    at = after
-    with streams.watch(job_id) as feed, streams.watch_log(feed, path) as log:
-        while not streams.is_closing:
-            changed = feed.changed
-            is_over = feed.is_gone or (log.size is not None and _is_over(feed, attempt))
-            try:
-                while log.size is not None and (data := await streams.log(log, at)):
-                    # Whole lines, while more may come.
-                    whole = data if is_over and at + len(data) >= log.size else data[: data.rfind(b"\n") + 1]
-                    if not whole and len(data) < 65_536:
-                        break
-                    at += len(whole or data)
-                    yield lines(whole or data, number=at)
-            except NcfmError:
-                await asyncio.sleep(AWAY_S)
-                continue
-            if is_over and at >= (log.size or 0):
-                yield message("end", _end(feed))
+async def log_stream(
+    streams: Streams, job_id: str, *, begin: Position, pinned: bool, path_of: Callable[[int], str]
+) -> AsyncIterator[bytes]:
+    """What a job's attempts print beyond a place, and its end.
+
+    Args:
+        streams: of the process.
+        job_id: of the job.
+        begin: where to begin.
+        pinned: whether the log of that one attempt is all that is wanted.
+        path_of: where an attempt's log is, by the attempt's number.
+    """
+    at = begin
+    # Without data, so that no reader takes it for a line: whoever loses the connection before the first line goes on here.
+    yield f"id: {at}\n\n".encode()
+    with streams.watch(job_id) as feed:
+        while True:
+            with streams.watch_log(feed, path_of(at.attempt)) as log:
+                async with aclosing(_attempt_log(streams, feed, log, at, pinned=pinned)) as messages:
+                    async for behind, chunk in messages:
+                        at = behind
+                        yield chunk
+            if streams.is_closing:
                 return
-            if not await until_changed(changed, PING_S):
-                yield _PING
+            if pinned or feed.is_gone or feed.pulse is None or feed.pulse.attempt <= at.attempt:
+                yield message("end", _end(feed), number=at)
+                return
+            at = Position(at.attempt + 1, 0)
 
 
-def message(kind: str, data: BaseModel, *, number: int | None = None) -> bytes:
+async def _attempt_log(
+    streams: Streams, feed: Feed, log: LogFeed, begin: Position, *, pinned: bool
+) -> AsyncGenerator[tuple[Position, bytes]]:
+    """Messages of one attempt's log until it is over, each with the place behind it."""
+    at = begin
+    while not streams.is_closing:
+        changed, pulse = feed.changed, feed.pulse
+        is_ended = pulse is not None and is_over(pulse.state, pulse.attempt, at.attempt, pinned=pinned)
+        is_final = log.size is not None and (feed.is_gone or is_ended)
+        try:
+            while log.size is not None and (data := await streams.log(log, at.offset)):
+                # Whole lines, while more may come.
+                whole = data if is_final and at.offset + len(data) >= log.size else data[: data.rfind(b"\n") + 1]
+                if not whole and len(data) < PIECE_BYTES:
+                    break
+                at = at.beyond(whole or data)
+                yield at, lines(whole or data, number=at)
+        except NcfmError:
+            await asyncio.sleep(AWAY_S)
+            continue
+        if is_final and at.offset >= (log.size or 0):
+            return
+        if not await until_changed(changed, PING_S):
+            yield at, _PING
+
+
+def message(kind: str, data: BaseModel, *, number: int | Position | None = None) -> bytes:
     """One message, whose data is one line of JSON."""
     mark = "" if number is None else f"id: {number}\n"
     return f"{mark}event: {kind}\ndata: {data.model_dump_json()}\n\n".encode()
 
 
-def lines(data: bytes, *, number: int) -> bytes:
+def lines(data: bytes, *, number: Position) -> bytes:
     """Lines of a log as one message: one `data` for each, whatever ends it."""
     text = data.decode("utf-8", errors="replace").replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
     body = "".join(f"data: {line}\n" for line in text.split("\n"))
     return f"id: {number}\n{body}\n".encode()
-
-
-def _is_over(feed: Feed, attempt: int) -> bool:
-    """Whether nothing more comes of an attempt's log."""
-    pulse = feed.pulse
-    return pulse is not None and (pulse.state.is_terminal or pulse.attempt > attempt)
 
 
 def _end(feed: Feed) -> End:

@@ -37,6 +37,7 @@ from service.api.errors import (
     TooManyRequests,
     UnsupportedMediaType,
 )
+from service.api.faults import UPLOAD_CURSOR
 from service.api.models import Body
 from service.api.openapi import problems
 from service.archives import ArchiveRefused, Kind
@@ -191,7 +192,7 @@ async def upload_dataset(
 def list_uploads(
     uploads: UploadsDep,
     limit: Annotated[int, Query(ge=1, le=200, description="Most items of the page.")] = 50,
-    cursor: Annotated[str | None, Query(pattern="^[0-9a-f]{64}$", description="`next` of the page before.")] = None,
+    cursor: Annotated[str | None, Query(pattern=UPLOAD_CURSOR, description="`next` of the page before.")] = None,
 ) -> UploadList:
     """What was uploaded, newest first."""
     found = uploads.page(limit=limit + 1, after=cursor)

@@ -14,6 +14,7 @@ from service.cli.bench import bench
 from service.cli.db import db
 from service.cli.demo import demo
 from service.cli.terminal import as_json, messages, results
+from service.cli.words import for_terminal
 from service.client import ClientError, ServiceAway
 from service.local.stack import Wishes, run_stack
 from service.local.state import Home, StackState
@@ -127,7 +128,8 @@ def main() -> None:
         app()
     except NcfmError as error:
         for problem in error.problems:
-            messages.print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
+            said = for_terminal(problem)
+            messages.print(f"error: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(_exit_code(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

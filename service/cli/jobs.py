@@ -15,6 +15,7 @@ from rich.table import Table
 from ncfm_core.errors import SpecError
 from service.cli.progress_bars import StageBars
 from service.cli.terminal import as_json, messages, results
+from service.cli.words import in_commands
 from service.client import Client, ServiceAway
 from service.local.state import Home
 from service.replies import Job
@@ -175,7 +176,12 @@ def show(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
 
 def logs(
     job_id: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing until the job has ended.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on printing, over further attempts too, until the job has ended.")
+    ] = False,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Only this attempt, to its end; from the last one on by default.")
+    ] = None,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
@@ -183,10 +189,11 @@ def logs(
     with connect(url) as client:
         if follow and not json:
             with detaching(job_id):
-                for line in client.follow_log(job_id):
+                for line in client.follow_log(job_id, attempt=attempt):
                     results.print(line, markup=False, end="")
             return
-        text = "".join(client.follow_log(job_id)) if follow else client.logs(job_id)
+        lines = client.follow_log(job_id, attempt=attempt) if follow else [client.logs(job_id, attempt=attempt)]
+        text = "".join(lines)
     if json:
         as_json({"id": job_id, "logs": text})
     else:
@@ -318,7 +325,7 @@ def _show(job: Job, json: bool) -> None:
         left = f", about {job.progress.eta_seconds:.0f} s left" if job.progress.eta_seconds is not None else ""
         table.add_row("progress", f"{job.progress.stage} {job.progress.completed}/{job.progress.total}{left}")
     if job.state == "failed":
-        table.add_row("error", job.complaint)
+        table.add_row("error", in_commands(job.complaint))
     if job.mlflow_url:
         table.add_row("MLflow", job.mlflow_url)
     results.print(table)

@@ -23,8 +23,7 @@ from service.api.streams import Streams
 from service.jobs import Progress, State
 from service.store import Store
 from tests.service.world import move
-from worker.records import attempt_path, now
-from worker.storage import Storage
+from worker.records import now
 
 STREAM = {"Accept": "text/event-stream"}
 SMALLEST: dict[str, Any] = {"dataset": "digits", "ipc": 1}
@@ -37,11 +36,12 @@ def submit(client: httpx.Client) -> str:
 
 
 def messages(reply: httpx.Response) -> Iterator[Message]:
-    """The messages of a stream; pings have no fields."""
+    """The messages of a stream, which have data; pings have none."""
     fields: Message = {}
     for line in reply.iter_lines():
         if not line:
-            yield fields
+            if "data" in fields:
+                yield fields
             fields = {}
         else:
             name, _, value = line.partition(": ")
@@ -145,40 +145,6 @@ def test_events_when_streamed_have_progress_without_an_id(client: httpx.Client, 
         [shown] = [each for each in messages(reply) if each["event"] == "progress"]
     assert "id" not in shown
     assert json.loads(shown["data"])["percent"] == 50.0
-
-
-def test_log_when_streamed_has_every_byte_once_and_ends_with_the_attempt(
-    client: httpx.Client, api_store: Store, api_storage: Storage
-) -> None:
-    job_id = submit(client)
-    path = attempt_path(job_id, 1, "driver.log")
-    move(api_store, job_id, State.STARTING)
-    api_storage.put(path, b"one\ntw")
-    later(0.4, lambda: api_storage.put(path, b"one\ntwo\nthr\xc3\xa9e\r\nlast"))
-    later(1.2, lambda: move(api_store, job_id, State.FAILED))
-    with client.stream("GET", f"/jobs/{job_id}/logs", headers=STREAM) as reply:
-        got = list(messages(reply))
-    assert "\n".join(each["data"] for each in got if "event" not in each) == "one\ntwo\nthr\u00e9e\nlast"
-    assert got[0]["id"] == "4"
-    assert got[-2]["id"] == "20"
-    assert json.loads(got[-1]["data"]) == {"state": "failed", "attempt": 1}
-    again = STREAM | {"Last-Event-ID": "4"}
-    with client.stream("GET", f"/jobs/{job_id}/logs", headers=again) as reply:
-        assert next(messages(reply))["data"] == "two\nthr\u00e9e\nlast"
-    assert client.get(f"/jobs/{job_id}/logs", headers=STREAM | {"Last-Event-ID": "20"}).status_code == 204
-
-
-def test_log_when_a_next_attempt_begins_ends_and_says_so(
-    client: httpx.Client, api_store: Store, api_storage: Storage
-) -> None:
-    job_id = submit(client)
-    move(api_store, job_id, State.STARTING, State.RUNNING)
-    api_storage.put(attempt_path(job_id, 1, "driver.log"), b"first\n")
-    later(0.4, lambda: move(api_store, job_id, State.RECOVERING))
-    later(0.7, lambda: move(api_store, job_id, State.STARTING, attempt=2))
-    with client.stream("GET", f"/jobs/{job_id}/logs", headers=STREAM) as reply:
-        got = list(messages(reply))
-    assert [each["data"] for each in got] == ["first", '{"state":"starting","attempt":2}']
 
 
 def test_streams_when_too_many_are_open_are_refused(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,10 +188,12 @@ def test_commands_hand_in_list_rerun_and_remove(ncfm: Callable[..., tuple[int, s
     code, out, _ = ncfm("ls", "--label", "set=cli")
     assert code == 0 and made["id"] in out
     code, _, said = ncfm("rm", made["id"])
-    assert code == cli.EXIT_BAD_INPUT and "cancel ends it first" in said
+    assert code == cli.EXIT_BAD_INPUT and f"`ncfm cancel {made['id']}` ends it first" in said
     ncfm("cancel", made["id"], "--force")
     assert ncfm("rm", made["id"])[0] == 0
-    assert ncfm("show", made["id"])[0] == cli.EXIT_BAD_INPUT
+    code, _, said = ncfm("show", made["id"])
+    assert code == cli.EXIT_BAD_INPUT and "`ncfm ls` lists all" in said
+    assert "--label key=value" in ncfm("ls", "--label", "NO WAY=x")[2]
 
 
 def test_command_validate_shows_stages_and_estimate(ncfm: Callable[..., tuple[int, str, str]]) -> None:
@@ -209,6 +211,8 @@ def test_commands_follow_log_and_job(
     api_storage.put(attempt_path(job_id, 1, "driver.log"), b"[bold]hello\n")
     later(0.6, lambda: move(api_store, job_id, State.FAILED))
     assert ncfm("logs", "-f", job_id)[:2] == (0, "[bold]hello\n")
+    assert ncfm("logs", "--attempt", "1", job_id)[:2] == (0, "[bold]hello\n")
+    assert ncfm("logs", "--attempt", "2", job_id)[0] == cli.EXIT_BAD_INPUT
     assert ncfm("watch", job_id)[0] == 1
 
 
