@@ -175,7 +175,7 @@ class CancelRequest(Value):
     mode: Literal["graceful", "force"] = "graceful"
     """`graceful` lets the driver end at its next step; `force` has Ray stop it at once."""
     checkpoint: bool = False
-    """Whether a checkpoint is taken before."""
+    """Whether a checkpoint is taken before, and kept for a while: a rerun of the job goes on from it."""
     grace_seconds: float = 30.0
     """How long a graceful end may take before Ray stops the driver."""
     requested_at: datetime

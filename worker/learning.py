@@ -63,7 +63,7 @@ def teacher(
         building.keep_threads(saved.environment)
         building.history = saved.history
         task.load_state(saved.state)
-        yield Notice(f"teacher {index} goes on from step {saved.step}")
+        yield Notice(f"teacher {index} goes on from {saved}")
     yield Notice(f"teacher {index} is trained {'compiled' if task.compiled else 'eager'}")
     while task.step < task.total and not asked():
         for progress in task.run(until=min(task.total, checkpoints.next_step), pause=lambda: asked() is not None):
@@ -149,7 +149,7 @@ class _Run:
             building.keep_threads(saved.environment)
             building.history, self._pictures = saved.history, saved.pictures
             task.load_state(saved.state)
-            yield Notice(f"the distillation goes on from step {saved.step}")
+            yield Notice(f"the distillation goes on from {saved}")
         yield Notice(f"the distillation runs {task.execution}")
 
     def advance(self, pause: Callable[[], bool]) -> Events:

@@ -206,7 +206,9 @@ def watch(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
 def cancel(
     job_id: JobId,
     force: Annotated[bool, typer.Option("--force", help="At once, not at its next step.")] = False,
-    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Let it save itself before.")] = False,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Let it save itself before; `ncfm rerun` goes on from there.")
+    ] = False,
     grace: Annotated[float | None, typer.Option(min=0, max=3600, help="Seconds that a graceful end may take.")] = None,
     url: Url = None,
     json: AsJson = False,

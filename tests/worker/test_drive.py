@@ -149,6 +149,25 @@ def test_stopped_attempt_saves_itself_and_goes_on_to_the_same_bits(
     assert driver.results("distill")[0].figures["steps"] == 60
 
 
+def test_second_job_goes_on_where_a_cancelled_one_saved_itself_to_the_same_bits(
+    after_first: Driver, in_process: InProcess, spec: JobSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = after_first
+    for stage in ("distill", "publish", "evaluate"):
+        driver.storage.delete([result_path(result.key) for result in driver.results(stage)])
+    at_turn(in_process, "distill", 6, lambda: ask(driver.storage, 1, checkpoint=True))
+    assert driver(spec).outcome == "stopped"
+    saved = {path: driver.storage.get(path) for path in driver.storage.list("checkpoints/J")}
+    (step,) = {int(Path(path).stem) for path in saved}
+    in_process.before = lambda label: None
+    with caplog.at_level("INFO"):
+        again = driver(spec, job_id="rerun")
+    assert f"the distillation goes on from step {step} of job J" in caplog.messages
+    assert again.outcome == "succeeded"
+    assert driver.images("rerun") == driver.images("first")
+    assert {path: driver.storage.get(path) for path in driver.storage.list("checkpoints")} == saved
+
+
 def test_stopped_attempt_saves_nothing_where_that_is_not_asked_for(
     driver: Driver, in_process: InProcess, changed: Change
 ) -> None:

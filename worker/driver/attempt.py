@@ -29,6 +29,7 @@ from worker.records import (
     checkpoint_folder,
     checkpoint_root,
     result_path,
+    resumable_folder,
     set_folder,
 )
 from worker.settings import Surroundings
@@ -130,10 +131,13 @@ class Attempt:
         return deadline is not None and time.time() >= deadline
 
     def _has_something(self) -> bool:
-        """Whether the distillation has begun, in this attempt or an earlier one: only it and teachers leave checkpoints."""
+        """Whether the distillation has begun, in this attempt, an earlier one or another job: only it and teachers leave
+        checkpoints."""
         if self._reporter.board.has_begun("distill"):
             return True
         assert self._plan is not None
+        if self._plan.distill.key is not None and self._storage.list(resumable_folder(self._plan.distill.key)):
+            return True
         teachers = (*self._plan.search_teachers, *self._plan.teachers)
         folders = [checkpoint_folder(self._job.job_id, str(build.key)) for build in teachers]
         paths = self._storage.list(checkpoint_root(self._job.job_id))
