@@ -35,6 +35,10 @@ class Site:
         """Whether the distillation has to end where it is."""
         return self.deadline is not None and time.time() >= self.deadline
 
+    def seconds_left(self) -> float | None:
+        """Until the distillation has to end; None for no limit."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.time())
+
     @property
     def built_by(self) -> str:
         return f"{self.job_id}-{self.attempt}"

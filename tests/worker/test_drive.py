@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -198,7 +200,7 @@ def test_distillation_ends_when_the_wall_time_is_over(
     driver: Driver, in_process: InProcess, changed: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = changed(limits={"wall_seconds": 1000.0})
-    over_at(in_process, monkeypatch, 5)
+    over_at(in_process, monkeypatch, 6)
     result = driver(spec)
     assert result.outcome == "succeeded"
     assert result.shortened is not None
@@ -229,7 +231,7 @@ def test_retry_of_a_distillation_that_was_cut_takes_the_same_set(
     driver: Driver, in_process: InProcess, changed: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = changed(limits={"wall_seconds": 1000.0})
-    started_at, in_time = over_at(in_process, monkeypatch, 5), in_process.before
+    started_at, in_time = over_at(in_process, monkeypatch, 6), in_process.before
 
     def lose_in_evaluation(label: str) -> None:
         if label == "evaluation 0":
@@ -256,7 +258,23 @@ def test_time_that_is_over_before_the_first_step_is_the_users(
     assert result.error is not None and result.error.code == "limit_reached"
     (problem,) = result.error.problems
     assert (problem["field"], problem["value"]) == ("limits.wall_seconds", "10.0")
-    assert "took" in problem["message"]
+    assert "it took: waiting and starting 11 s" in problem["message"]
+    assert problem["hint"] == "Allow more: waiting and starting took most."
+
+
+def test_time_that_a_running_stage_used_up_is_said_to_be_its(
+    driver: Driver, in_process: InProcess, changed: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker.driver import attempt
+
+    over = list[bool]()
+    at_turn(in_process, "teacher 0", 3, lambda: (time.sleep(2.0), over.append(True)))
+    monkeypatch.setattr(attempt.Attempt, "_is_late", lambda self: bool(over))
+    result = driver(changed(limits={"wall_seconds": 10.0}))
+    assert result.error is not None
+    (problem,) = result.error.problems
+    assert re.search(r"it took: .*teachers [2-9] s", problem["message"]), problem
+    assert problem["hint"] == "Allow more, or ask for fewer teachers or epochs of them."
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])

@@ -38,6 +38,14 @@ from worker.stopping import StopWatch
 from worker.storage import Storage
 from worker.trials import BEST_FILE, best_spec
 
+SAVINGS = {
+    "inspect": ": loading the data took most",
+    "teachers": ", or ask for fewer teachers or epochs of them",
+    "search": ", or ask for fewer trials or steps of them",
+    "distill": ": making the distillation ready took most",
+}
+"""What else may be done where a stage took most of a wall time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
@@ -146,10 +154,14 @@ class Attempt:
     def _too_late(self) -> LimitError:
         limit, seconds = self._job.spec.limits.wall_seconds, self._reporter.board.seconds()
         elapsed = time.time() - self._job.started_at.timestamp()
-        parts = seconds | {"earlier attempts, waiting and starting": max(0.0, elapsed - sum(seconds.values()))}
+        rest = "waiting and starting" if self._job.attempt == 1 else "earlier attempts, waiting and starting"
+        parts = seconds | {rest: max(0.0, elapsed - sum(seconds.values()))}
         took = ", ".join(f"{stage} {value:.0f} s" for stage, value in parts.items() if value >= 1)
+        most = max(parts, key=lambda part: parts[part])
         message = f"over before the first step of the distillation; it took: {took}"
-        return LimitError.of("limits.wall_seconds", limit, message, "Allow more, or ask for fewer teachers or trials.")
+        return LimitError.of(
+            "limits.wall_seconds", limit, message, f"Allow more{SAVINGS.get(most, f': {rest} took most')}."
+        )
 
     def _site(self, demand: tasks.Demand) -> Site:
         return Site(

@@ -125,9 +125,13 @@ class Board:
                 state.state = "done" if state.built else "cached"
 
     def seconds(self) -> dict[str, float]:
-        """Wall time by stage so far."""
+        """Wall time by stage so far, with what still runs."""
         with self._lock:
-            return {stage: round(state.seconds, 2) for stage, state in self._stages.items()}
+            now_s = time.monotonic()
+            return {
+                stage: round(state.seconds + (now_s - state.busy_since if state.running else 0.0), 2)
+                for stage, state in self._stages.items()
+            }
 
     def status(self) -> AttemptStatus:
         """The document as of now; its stage is the first one that is not complete."""
