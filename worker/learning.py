@@ -17,6 +17,7 @@ from ncfm_core.datasets import Dataset
 from ncfm_core.distill import Distillation
 from ncfm_core.errors import DamagedError, LimitError
 from ncfm_core.pools import TeacherTraining
+from ncfm_core.progress import Progress
 from ncfm_core.spec import ModelSpec, NcfmSpec, TrainingSpec
 from ncfm_core.synthetic import to_state
 from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool
@@ -66,6 +67,7 @@ def teacher(
         building.history = saved.history
         task.load_state(saved.state)
         yield Notice(f"teacher {index} goes on from {saved}")
+        yield Progress(task.step, task.total, "step")
     yield Notice(f"teacher {index} is trained {f'compiled: {AT_FIRST}' if task.compiled else 'eager'}")
     while task.step < task.total and not asked():
         for progress in task.run(until=min(task.total, checkpoints.next_step), pause=lambda: asked() is not None):
@@ -161,6 +163,7 @@ class _Run:
             building.history, self._pictures = saved.history, saved.pictures
             task.load_state(saved.state)
             yield Notice(f"the distillation goes on from {saved}")
+            yield Progress(task.step, task.total, "step")
         if task.execution.compiled:
             yield Notice(f"the distillation is compiled first: {AT_FIRST} ({task.execution})")
         else:

@@ -145,6 +145,10 @@ class AttemptStatus(Record):
     heartbeat_at: datetime
     mlflow_run_id: str | None
     mlflow_url: str | None
+    job_percent: float | None = None
+    """Of the whole job, by what its parts roughly cost; never falls within an attempt."""
+    job_eta_seconds: float | None = None
+    """Until the end of the whole job, as of the last progress."""
 
 
 class StopRequest(Record):

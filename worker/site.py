@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ncfm_core.catalog import DatasetFacts
 from ncfm_core.spec import CheckpointSpec
 from worker.records import Record
 
@@ -57,3 +58,14 @@ class DataFacts(Record):
     """How training and test images were told apart."""
     ignored_files: int = 0
     """Files that are not images, or lie outside the class folders."""
+
+    def refine(self, facts: DatasetFacts) -> DatasetFacts:
+        """What a spec says of the data, with the counts that were found."""
+        return replace(
+            facts,
+            num_classes=len(self.class_counts),
+            num_train=self.num_train,
+            num_test=self.num_test,
+            smallest_class=min(self.class_counts),
+            assumed=False,
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import PurePosixPath
 
+from ncfm_core import cost
 from ncfm_core.errors import DamagedError, LimitError
 from ncfm_core.progress import Progress
 from ncfm_core.spec import JobSpec
@@ -17,11 +18,12 @@ from worker.driver.live import Tracker
 from worker.driver.orders import distill_orders, judging_orders, teacher_orders
 from worker.driver.pool import Order, Pool
 from worker.driver.reporter import Reporter
+from worker.driver.share import Part
 from worker.driver.story import search_method, tell, trial_records
 from worker.environment import code_version
 from worker.evidence import Evidence, Results, evidence, shortened_in, shortened_in_words
 from worker.history import Trouble
-from worker.plan import Build, Plan, held_out, plan
+from worker.plan import Build, Plan, held_out, operations_of, plan
 from worker.records import (
     FileRecord,
     StageResult,
@@ -38,6 +40,8 @@ from worker.stopping import StopWatch
 from worker.storage import Storage
 from worker.trials import BEST_FILE, best_spec
 
+PART_SECONDS = 1.0
+"""What a part takes beside its operations, at least: for the share of the whole job alone."""
 SAVINGS = {
     "inspect": ": loading the data took most",
     "teachers": ", or ask for fewer teachers or epochs of them",
@@ -110,15 +114,27 @@ class Attempt:
         pool = Pool(site, self._storage, dataset, demand=demand, slots=slots, observer=self._reporter, guard=self)
         needed = self._plan = plan(spec, facts.digest, held_out_digest=facts.held_out_digest)
         self._reporter.board.expect(["inspect", *(build.stage for build in needed.builds()), "publish"])
+        self._weigh(spec, facts, needed)
         try:
             searched = self._search(pool, needed, dataset, demand)
             if searched is not None:
                 spec = best_spec(spec, search_method(searched))
+                self._weigh(spec, facts, needed)
                 self._reporter.say(f"the search chose {dict(search_method(searched))}")
                 self._warn_of_lost(searched)
             return self._distill_and_publish(pool, spec, facts, searched)
         except LimitError:
             raise self._too_late() from None
+
+    def _weigh(self, spec: JobSpec, facts: DataFacts, needed: Plan) -> None:
+        """Let the board know what each part of the job roughly takes."""
+        cluster = tasks.nodes()
+        rate = cost.rate(spec, cpus=max(node.cpus for node in cluster), gpus=max(node.gpus for node in cluster))
+        each = cost.costs(spec, facts.refine(spec.dataset.facts))
+        weights: dict[Part, float] = {
+            (build.stage, build.label): operations_of(build, each) / rate + PART_SECONDS for build in needed.builds()
+        }
+        self._reporter.board.weigh(weights | {("publish", "records"): PART_SECONDS})
 
     def check(self) -> None:
         """
