@@ -23,8 +23,8 @@ START_SECONDS = 12.0
 """From the start of a driver to its first stage, the data looked at: a job whose every result is stored takes 9 s on two quiet
 cores (docs/performance.md)."""
 STAGE_SECONDS = 3.0
-"""What a stage's process takes to start and to end, on a quiet machine. With it the job of `ncfm demo`, five seconds of operations
-in four stages, comes to 29 s; it takes 32 to 34 (docs/performance.md). Jobs of seconds take 15 to 25 beside their operations."""
+"""What a stage's process takes to start and to end, on a quiet machine. With it the job of `ncfm demo`, five seconds of
+operations in four stages, comes to 29 s; it takes 32 to 34 (docs/performance.md). Jobs of seconds take 15 to 25 beside theirs."""
 
 
 @dataclass(frozen=True, slots=True)

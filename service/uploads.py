@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from typing import IO, Any
 from pydantic import JsonValue
 from sqlalchemy import Row, and_, insert, or_, select, update
 
+from ncfm_core.catalog import DatasetFacts
 from ncfm_core.errors import NcfmError
 from service.database import Database
 from service.filtering import Filter
@@ -67,6 +68,18 @@ class Upload:
     def smallest_class(self) -> int:
         """Training images of the smallest class."""
         return min(train for train, _ in self.classes.values())
+
+    def refine(self, facts: DatasetFacts) -> DatasetFacts:
+        """What a spec says of the data, with the numbers that were counted when they were taken."""
+        train, test = zip(*self.classes.values(), strict=True)
+        return replace(
+            facts,
+            num_classes=len(self.classes),
+            num_train=sum(train),
+            num_test=sum(test),
+            smallest_class=self.smallest_class,
+            assumed=False,
+        )
 
     @property
     def path(self) -> str:

@@ -197,7 +197,12 @@ def test_compiling_is_for_runs_whose_time_can_pay_it_back(
     pool: TeacherPool, monkeypatch: pytest.MonkeyPatch, seconds: float | None, compiled: bool
 ) -> None:
     tried = list[str]()
-    monkeypatch.setattr(execution_module, "compiler_works", lambda kind: not tried.append(kind))
+
+    def works(kind: str) -> bool:
+        tried.append(kind)
+        return True
+
+    monkeypatch.setattr(execution_module, "compiler_works", works)
     assert chosen(pool, compiled=None, forwards=1e12, seconds=seconds).compiled == compiled
     # The trial takes seconds as well: without a chance to pay there is none.
     assert tried == ["cpu"] * compiled

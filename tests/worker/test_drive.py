@@ -127,6 +127,7 @@ def test_attempt_that_succeeds_names_its_results_and_leaves_no_checkpoint(driver
     assert (result.outcome, result.publication, result.shortened) == ("succeeded", "none", None)
     assert {result_path(key) for key in result.keys} == set(driver.storage.list("results"))
     assert result.data is not None and result.data["num_train"] == 1297
+    assert (driver.board.status().job_percent, driver.board.status().job_eta_seconds) == (100.0, 0.0)
     assert driver.storage.list("checkpoints") == []
 
 
@@ -144,9 +145,12 @@ def test_stopped_attempt_saves_itself_and_goes_on_to_the_same_bits(
     saved = [path for path in driver.storage.list("checkpoints/J") if path.endswith(".json")]
     assert len(saved) == 1
     assert in_process.held == {}
-    in_process.before = lambda label: None
+    shares: list[float | None] = []
+    in_process.before = lambda label: shares.append(driver.board.status().job_percent)
     again = driver(spec, 2)
     assert again.figures == undisturbed.figures
+    told = [share for share in shares if share is not None]
+    assert told == sorted(told) and 0 <= told[0] < 50 < told[-1] <= 100
     assert driver.images("J") == driver.images("first")
     assert driver.results("distill")[0].figures["steps"] == 60
 
@@ -268,7 +272,12 @@ def test_time_that_a_running_stage_used_up_is_said_to_be_its(
     from worker.driver import attempt
 
     over = list[bool]()
-    at_turn(in_process, "teacher 0", 3, lambda: (time.sleep(2.0), over.append(True)))
+
+    def pass_the_time() -> None:
+        time.sleep(2.0)
+        over.append(True)
+
+    at_turn(in_process, "teacher 0", 3, pass_the_time)
     monkeypatch.setattr(attempt.Attempt, "_is_late", lambda self: bool(over))
     result = driver(changed(limits={"wall_seconds": 10.0}))
     assert result.error is not None
