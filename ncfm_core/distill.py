@@ -74,6 +74,7 @@ class Distillation:
         device: torch.device,
         memory_limit: int | None = None,
         compiled: bool | None = None,
+        seconds: float | None = None,
     ) -> None:
         """
         Args:
@@ -85,6 +86,8 @@ class Distillation:
             device: where to compute; the pool must be there.
             memory_limit: bytes that a step's activations may take; None for what is fast on the device.
             compiled: whether networks go through `torch.compile`; None where it pays.
+            seconds: that are left for the steps, for that choice: what does not fit them will not pay it back. None for as many
+                as they take. It ends nothing.
         """
         self._dataset, self._pool, self._method, self._seed = dataset.to(device), pool, method, seed
         self._real_batch = min(method.real_batch, min(dataset.class_counts))
@@ -113,6 +116,7 @@ class Distillation:
             memory_limit=memory_limit,
             together=pool.batch_statistics,
             compiled=compiled,
+            seconds=seconds,
         )
         self._carry_out(execution)
         self.halvings = 0

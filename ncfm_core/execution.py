@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from ncfm_core.cost import CPU_RATE, GPU_RATE
+
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Largest activation of a chunk. A core's caches hold 8 MiB: chunks of that size run twice as fast there as large ones, whose
 activations are fetched from memory, and paged in, for every operation."""
@@ -31,6 +33,10 @@ COMPILE_OPERATIONS = {"cpu": 2e12, "cuda": 1e15}
 """Below this many floating-point operations compiling is not earned back. On a CPU, at width 32, they are 45 (training) to 95
 seconds (distilling) of eager work on one core, of which compiled code saves 12 to 40; compiling takes 10 to 20, and 2 where
 Inductor finds the code on disk (docs/performance.md)."""
+COMPILE_SECONDS = 50.0
+"""What compiling takes at worst, on a machine that has other work (docs/performance.md)."""
+COMPILE_SHARE = 1 / 4
+"""Most of the time that is left which may go into the compiler."""
 BACKWARD_FORWARDS = 2
 """A backward pass in units of a forward one."""
 COMPILED_FORMS = 128
@@ -89,6 +95,7 @@ def choose(
     memory_limit: int | None,
     together: bool,
     compiled: bool | None,
+    seconds: float | None = None,
 ) -> Execution:
     """The execution for a network, found by sending two images through it.
 
@@ -103,6 +110,7 @@ def choose(
         memory_limit: bytes that a step's activations may take; None for what is fast on the device.
         together: whether images influence each other (batch statistics), so that nothing may be cut.
         compiled: None to compile where it pays.
+        seconds: that are left for all of it; None for as many as it takes.
     """
     kept, largest, operations = probe(features, weights, image_shape, device)
     chunk_bytes, block_bytes = CHUNK_BYTES[device.type], BLOCK_BYTES[device.type]
@@ -110,7 +118,7 @@ def choose(
         chunk_bytes = min(chunk_bytes, int(memory_limit * CHUNK_SHARE))
         block_bytes = int(memory_limit * BLOCK_SHARE)
     if compiled is None:
-        compiled = compiling_pays(operations * forwards, device)
+        compiled = compiling_pays(operations * forwards, device, seconds)
     if together:
         return Execution(chunk=1 << 30, block=num_classes, recompute=False, compiled=compiled)
     return Execution(
@@ -121,8 +129,20 @@ def choose(
     )
 
 
-def compiling_pays(operations: float, device: torch.device) -> bool:
-    """Whether so many floating-point operations in all are worth a call of the compiler, and one is there that works."""
+def compiling_pays(operations: float, device: torch.device, seconds: float | None = None) -> bool:
+    """Whether so many floating-point operations in all are worth a call of the compiler, and one is there that works.
+
+    Args:
+        operations: that are to be done.
+        device: where.
+        seconds: that are left; what does not fit them is never done. None for as many as it takes.
+    """
+    if seconds is not None:
+        if COMPILE_SECONDS > COMPILE_SHARE * seconds:
+            return False
+        rate = CPU_RATE * torch.get_num_threads() if device.type == "cpu" else GPU_RATE
+        operations = min(operations, rate * seconds)
+    # The trial comes last, as it takes seconds itself.
     return operations >= COMPILE_OPERATIONS[device.type] and compiler_works(device.type)
 
 

@@ -35,6 +35,7 @@ class TeacherTraining:
         index: int,
         device: torch.device,
         compiled: bool | None = None,
+        seconds: float | None = None,
     ) -> None:
         """
         Args:
@@ -45,6 +46,7 @@ class TeacherTraining:
             index: of this teacher in the pool, from 0.
             device: where to train.
             compiled: whether it goes through `torch.compile`; None where it pays.
+            seconds: that are left for it, for that choice; None for as many as it takes.
         """
         self._dataset = dataset.to(device)
         stream = f"teacher/{index}"
@@ -64,6 +66,7 @@ class TeacherTraining:
             seed=seed,
             stream=stream,
             compiled=compiled,
+            seconds=seconds,
         )
 
     @property

@@ -46,6 +46,7 @@ class Training:
         stream: str,
         targets: Tensor | None = None,
         compiled: bool | None = None,
+        seconds: float | None = None,
     ) -> None:
         """
         Args:
@@ -58,6 +59,7 @@ class Training:
             stream: name of this training, apart from all others of the seed.
             targets: teacher logits, float32 of shape (N, classes); for losses that compare with them.
             compiled: whether the network goes through `torch.compile`, if it is one that may; None where it pays.
+            seconds: that are left for it, for that choice; None for as many as it takes.
 
         Raises:
             SpecError: the loss needs targets and there are none.
@@ -67,7 +69,7 @@ class Training:
         self.batch_size, self.steps_per_epoch = self._batches.batch_size, self._batches.steps_per_epoch
         self.total = self._batches.total
         self._chunk = _chunk(model, self._batches)
-        self.compiled = to_compile(model, self._batches, compiled)
+        self.compiled = to_compile(model, self._batches, compiled, seconds=seconds)
         """Whether the network goes through `torch.compile`."""
         self._forward: Callable[[Tensor], Tensor] | None = None
         self.step = 0
@@ -134,7 +136,14 @@ class Training:
         self._order, self._forward = torch.empty(0, dtype=torch.int64), None
 
 
-def to_compile(model: nn.Module, batches: Batches, asked: bool | None = None, *, trainings: int = 1) -> bool:
+def to_compile(
+    model: nn.Module,
+    batches: Batches,
+    asked: bool | None = None,
+    *,
+    trainings: int = 1,
+    seconds: float | None = None,
+) -> bool:
     """Whether to train a network through `torch.compile`: where it pays, over all trainings that share what is compiled.
 
     Networks with batch statistics stay eager: their running statistics are written in the forward pass.
@@ -144,6 +153,7 @@ def to_compile(model: nn.Module, batches: Batches, asked: bool | None = None, *,
         batches: what it is trained on.
         asked: what the caller wants; None for what pays.
         trainings: how many such networks are trained.
+        seconds: that are left for them; None for as many as they take.
     """
     if asked is not None or not separable(model):
         return bool(asked) and separable(model)
@@ -154,7 +164,8 @@ def to_compile(model: nn.Module, batches: Batches, asked: bool | None = None, *,
         batches.image_shape,
         batches.device,
     )
-    return compiling_pays((1 + BACKWARD_FORWARDS) * operations * batches.shown * trainings, batches.device)
+    operations *= (1 + BACKWARD_FORWARDS) * batches.shown * trainings
+    return compiling_pays(operations, batches.device, seconds)
 
 
 def _chunk(model: nn.Module, batches: Batches) -> int:

@@ -110,7 +110,7 @@ class Value(BaseModel):
 
 
 class Progress(Value):
-    """How far the current stage is."""
+    """How far the current stage is, and the whole job."""
 
     stage: str | None
     """The stage that runs, or null between two."""
@@ -124,6 +124,10 @@ class Progress(Value):
     """When this stage was first seen, or began again after a loss."""
     since_completed: int = 0
     """What was completed then: a stage that goes on from a checkpoint does not begin at zero."""
+    job_percent: float | None = None
+    """Of the whole job, as its driver says; None before it knows what there is to do."""
+    job_eta_seconds: float | None = None
+    """Until the end of the whole job, as its driver says; None before that is known."""
 
     @property
     def percent(self) -> float | None:
@@ -175,7 +179,7 @@ class CancelRequest(Value):
     mode: Literal["graceful", "force"] = "graceful"
     """`graceful` lets the driver end at its next step; `force` has Ray stop it at once."""
     checkpoint: bool = False
-    """Whether a checkpoint is taken before."""
+    """Whether a checkpoint is taken before, and kept for a while: a rerun of the job goes on from it."""
     grace_seconds: float = 30.0
     """How long a graceful end may take before Ray stops the driver."""
     requested_at: datetime
@@ -353,10 +357,14 @@ def progress_of(status: AttemptStatus, before: Progress | None = None) -> Progre
         status: the newest one.
         before: the progress so far: it holds since when the stage runs.
     """
-    seen = (status.stage, status.completed, status.total, status.unit)
-    if before is not None and seen == (before.stage, before.completed, before.total, before.unit):
-        return before
-    goes_on = before is not None and before.stage == status.stage and before.completed <= status.completed
+    job = (status.job_percent, status.job_eta_seconds)
+    counted = (status.stage, status.total, status.unit)
+    goes_on = before is not None and counted == (before.stage, before.total, before.unit)
+    if before is not None and goes_on and before.completed == status.completed:
+        # Another stage beside this one may have brought the job further.
+        told = {"job_percent": job[0], "job_eta_seconds": job[1], "updated_at": status.heartbeat_at}
+        return before if job == (before.job_percent, before.job_eta_seconds) else before.model_copy(update=told)
+    goes_on = goes_on and before is not None and before.completed <= status.completed
     since, base = (before.since, before.since_completed) if before and goes_on else (None, 0)
     if since is None:
         since, base = status.heartbeat_at, status.completed
@@ -368,6 +376,8 @@ def progress_of(status: AttemptStatus, before: Progress | None = None) -> Progre
         updated_at=status.heartbeat_at,
         since=since,
         since_completed=base,
+        job_percent=status.job_percent,
+        job_eta_seconds=status.job_eta_seconds,
     )
 
 

@@ -33,6 +33,25 @@ class Progress(Reply):
     percent: float | None = None
     eta_seconds: float | None = None
     """Until the end of the stage; None where it is not known."""
+    job_percent: float | None = None
+    """Of the whole job; None where it is not known."""
+    job_eta_seconds: float | None = None
+    """Until the end of the whole job; None where it is not known."""
+
+    @property
+    def count(self) -> str:
+        """How far the stage is, as `300/1000 steps` or `30 %`."""
+        if self.unit == "%":
+            return f"{self.completed} %"
+        return f"{self.completed}/{self.total} {self.unit}{'' if self.total == 1 else 's'}"
+
+    @property
+    def job_count(self) -> str:
+        """How far the whole job is, as `42 %, about 30 s left`; empty where it is not known."""
+        if self.job_percent is None:
+            return ""
+        left = f", about {self.job_eta_seconds:.0f} s left" if self.job_eta_seconds is not None else ""
+        return f"{self.job_percent:.0f} %{left}"
 
 
 class Queue(Reply):

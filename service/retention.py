@@ -32,6 +32,7 @@ class Limits:
 
     events: timedelta = timedelta(days=30)
     deleted: timedelta = timedelta(days=7)
+    checkpoints: timedelta = timedelta(days=7)
     idempotency: timedelta = timedelta(hours=72)
     audit: timedelta = timedelta(days=90)
     temporary: timedelta = timedelta(days=1)
@@ -44,6 +45,7 @@ class Limits:
         return cls(
             events=timedelta(days=settings.keep_events_days),
             deleted=timedelta(days=settings.keep_deleted_days),
+            checkpoints=timedelta(days=settings.keep_checkpoints_days),
             idempotency=timedelta(hours=settings.keep_keys_hours),
             audit=timedelta(days=settings.keep_audit_days),
             temporary=timedelta(days=settings.keep_temporary_days),
@@ -67,7 +69,7 @@ class Removed:
 
 
 def tidy(store: Database, storage: Storage, now: datetime, limits: Limits, *, dry_run: bool = False) -> Removed:
-    """The part for every hour: old rows, deleted jobs with their files, and checkpoints of jobs that have ended.
+    """The part for every hour: old rows, deleted jobs with their files, and checkpoints that nobody shall go on from.
 
     Args:
         store: database of the jobs.
@@ -86,8 +88,9 @@ def tidy(store: Database, storage: Storage, now: datetime, limits: Limits, *, dr
         (audit, "at", limits.audit),
     ):
         _delete_older(store, table, column, now - limit, removed, dry_run=dry_run)
+    # Before the rows of deleted jobs: a job that the database does not know is taken for a run by hand.
+    _remove_checkpoints(store, storage, now, limits, removed, dry_run=dry_run)
     _remove_deleted(store, storage, now - limits.deleted, removed, dry_run=dry_run)
-    _remove_checkpoints(store, storage, now - limits.temporary, removed, dry_run=dry_run)
     return removed
 
 
@@ -193,11 +196,10 @@ def _remove_deleted(store: Database, storage: Storage, before: datetime, removed
     """Files first, the row last: whoever is killed between them finds the job again. Results stay: others may use them."""
     gone = (jobs.c.deleted_at < before, jobs.c.state.in_(TERMINAL), jobs.c.publication != "pending")
     for job_id in _ids(store, lambda after: select(jobs.c.id).where(*gone, jobs.c.id > after)):
-        for prefix in (f"jobs/{job_id}", f"checkpoints/{job_id}"):
-            for path, size, _ in list(storage.entries(prefix)):
-                removed.add("files of deleted jobs", 1, size)
-                if not dry_run:
-                    storage.delete([path])
+        for path, size, _ in list(storage.entries(f"jobs/{job_id}")):
+            removed.add("files of deleted jobs", 1, size)
+            if not dry_run:
+                storage.delete([path])
         removed.add("deleted jobs", 1)
         if not dry_run:
             with store.writing() as connection:
@@ -207,22 +209,41 @@ def _remove_deleted(store: Database, storage: Storage, before: datetime, removed
 
 
 def _remove_checkpoints(
-    store: Database, storage: Storage, before: datetime, removed: Removed, *, dry_run: bool
+    store: Database, storage: Storage, now: datetime, limits: Limits, removed: Removed, *, dry_run: bool
 ) -> None:
-    """Those of jobs that have ended; of jobs that the database does not know, such as runs by hand, only old ones."""
+    """Those of jobs that have ended, but for jobs that were cancelled to be gone on from; of jobs that the database does not
+    know, such as runs by hand, only old ones."""
     found = list(storage.entries("checkpoints"))
-    states: dict[str, str] = {}
-    named = sorted({path.split("/")[1] for path, _, _ in found})
+    needed = _wanted_checkpoints(store, sorted({path.split("/")[1] for path, _, _ in found}), now - limits.checkpoints)
+    kept: set[tuple[str, ...]] = set()
+    for path, size, changed_at in found:
+        job_id, key = (*path.split("/"), "")[1:3]
+        if needed.get(job_id, changed_at >= now - limits.temporary):
+            kept.add((key, job_id))
+            continue
+        removed.add("checkpoints", 1, size)
+        if not dry_run:
+            storage.delete([path])
+    # Marks of what is gone; a checkpoint may have come since the look at them, so a new mark stays.
+    for path, _, changed_at in list(storage.entries("resumable")):
+        if not dry_run and tuple(path.split("/")[1:3]) not in kept and changed_at < now - limits.temporary:
+            storage.delete([path])
+
+
+def _wanted_checkpoints(store: Database, named: list[str], cancelled_after: datetime) -> dict[str, bool]:
+    """Whether the checkpoints of each job that the database knows are for somebody to go on from."""
+    wanted: dict[str, bool] = {}
+    columns = (jobs.c.id, jobs.c.state, jobs.c.cancel, jobs.c.finished_at, jobs.c.deleted_at)
     for start in range(0, len(named), BATCH):
         with store.reading() as connection:
-            query = select(jobs.c.id, jobs.c.state).where(jobs.c.id.in_(named[start : start + BATCH]))
-            states |= {str(row.id): str(row.state) for row in connection.execute(query)}
-    for path, size, changed_at in found:
-        state = states.get(path.split("/")[1])
-        if state in TERMINAL or (state is None and changed_at < before):
-            removed.add("checkpoints", 1, size)
-            if not dry_run:
-                storage.delete([path])
+            rows = connection.execute(select(*columns).where(jobs.c.id.in_(named[start : start + BATCH]))).all()
+        for row in rows:
+            is_saved = (
+                row.state == State.CANCELLED and bool((row.cancel or {}).get("checkpoint")) and not row.deleted_at
+            )
+            is_new = row.finished_at is not None and row.finished_at >= cancelled_after
+            wanted[str(row.id)] = row.state not in TERMINAL or (is_saved and is_new)
+    return wanted
 
 
 def _ids(store: Database, query: Callable[[str], Select[tuple[str]]]) -> Iterator[str]:

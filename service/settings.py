@@ -62,6 +62,8 @@ class Settings(Surroundings):
     """Events of a job that has ended, other than the last ones."""
     keep_deleted_days: Days = 7
     """Rows and files of a job that was deleted."""
+    keep_checkpoints_days: Days = 7
+    """Checkpoints of a job that was cancelled with `checkpoint: true`; those of other jobs that have ended are not kept."""
     keep_keys_hours: Annotated[float, Field(ge=1, le=10_000)] = 72
     """How long a repeated request is known by its Idempotency-Key."""
     keep_audit_days: Days = 90

@@ -23,6 +23,7 @@ from typing import IO, Any
 from pydantic import JsonValue
 from sqlalchemy import Connection, Row, and_, delete, insert, or_, select, text, update
 
+from ncfm_core.catalog import DatasetFacts
 from ncfm_core.errors import NcfmError, StorageError
 from service.database import Database, insert_missing
 from service.filtering import Filter
@@ -79,6 +80,18 @@ class Upload:
     def smallest_class(self) -> int:
         """Training images of the smallest class."""
         return min(train for train, _ in self.classes.values())
+
+    def refine(self, facts: DatasetFacts) -> DatasetFacts:
+        """What a spec says of the data, with the numbers that were counted when they were taken."""
+        train, test = zip(*self.classes.values(), strict=True)
+        return replace(
+            facts,
+            num_classes=len(self.classes),
+            num_train=sum(train),
+            num_test=sum(test),
+            smallest_class=self.smallest_class,
+            assumed=False,
+        )
 
     @property
     def path(self) -> str:

@@ -1,7 +1,8 @@
 """Checkpoints of a running stage: one safetensors file, then its record as the commit.
 
 The file carries the state, the history and the pictures so far, so that a resumed stage ends with the very result of one
-that was never disturbed. A checkpoint belongs to the attempt that wrote it; later attempts only read it.
+that was never disturbed. A checkpoint belongs to the attempt that wrote it; later attempts, and other jobs that need the very
+same result, only read it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 import safetensors.torch
@@ -22,7 +23,7 @@ from ncfm_core.errors import CheckpointError, StorageError, StorageFullError
 from ncfm_core.spec import CheckpointSpec
 from worker.history import History, Picture, Trouble, read_history
 from worker.patience import TOPIC
-from worker.records import CheckpointRecord, FileRecord, checkpoint_folder
+from worker.records import CheckpointRecord, FileRecord, checkpoint_folder, resumable_folder, resumable_path
 from worker.storage import Storage
 
 KEPT = 2
@@ -38,6 +39,11 @@ class Saved:
     history: History
     pictures: tuple[Picture, ...]
     environment: dict[str, JsonValue]
+    job_id: str | None = None
+    """The other job whose it is; None for this job's own."""
+
+    def __str__(self) -> str:
+        return f"step {self.step}" + (f" of job {self.job_id}" if self.job_id else "")
 
 
 class Checkpoints:
@@ -55,13 +61,13 @@ class Checkpoints:
     ) -> None:
         self.environment = environment
         self._storage = storage
+        self._job_id = job_id
         self._key = key
         self._every = every
-        self._all = checkpoint_folder(job_id, key)
         self._own = checkpoint_folder(job_id, key, attempt)
         self._step = 0
         self._saved_at = time.monotonic()
-        self._in_trouble = False
+        self._in_trouble = self._is_marked = False
 
     @property
     def next_step(self) -> int:
@@ -75,19 +81,42 @@ class Checkpoints:
         )
 
     def newest(self) -> Saved | None:
-        """The newest checkpoint of any attempt that is whole; a damaged one is passed over for the one before it."""
-        records = [path for path in self._storage.list(self._all) if path.endswith(".json")]
-        for path in sorted(records, key=lambda each: int(PurePosixPath(each).stem), reverse=True):
+        """The newest checkpoint of any attempt that is whole; a damaged one is passed over for the one before it.
+
+        Where this job has none, that of any other job under the same key, which has the same bits, from the same kind of device:
+        what fits a GPU at once would not fit a CPU.
+        """
+        saved = self._newest([self._job_id])
+        if saved is None:
+            marks = self._storage.list(resumable_folder(self._key))
+            saved = self._newest([job for job in (PurePosixPath(mark).name for mark in marks) if job != self._job_id])
+        if saved is not None:
+            self._step, self._saved_at = saved.step, time.monotonic()
+        return saved
+
+    def _newest(self, job_ids: Sequence[str]) -> Saved | None:
+        """The newest of some jobs."""
+        records = [
+            (int(PurePosixPath(path).stem), path, job_id)
+            for job_id in job_ids
+            for path in self._storage.list(checkpoint_folder(job_id, self._key))
+            if path.endswith(".json")
+        ]
+        for _, path, job_id in sorted(records, reverse=True):
+            is_own = job_id == self._job_id
             try:
                 record = self._storage.get_record(path, CheckpointRecord)
-                if record is None or record.key != self._key:
+                if record is None or record.key != self._key or not (is_own or self._is_of_this_device(record)):
                     continue
                 saved = _decode(record, self._storage.read_file(record.file))
             except (StorageError, CheckpointError):
                 continue
-            self._step, self._saved_at = saved.step, time.monotonic()
-            return saved
+            return saved if is_own else replace(saved, job_id=job_id)
         return None
+
+    def _is_of_this_device(self, record: CheckpointRecord) -> bool:
+        here, there = (str(each.get("device")).partition(":")[0] for each in (self.environment, record.environment))
+        return here == there
 
     def keep(
         self, step: int, state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...] = ()
@@ -126,11 +155,20 @@ class Checkpoints:
                 self._storage.delete([path])  # without its record it only takes room
             raise
         self._step, self._saved_at = step, time.monotonic()
+        self._mark()
         self._drop(KEPT)
 
     def clear(self) -> None:
-        """Drop those of this attempt, once its result is committed."""
+        """Drop those of this attempt, once its result is committed: from then on nobody looks for one."""
         self._drop(0)
+        self._storage.delete([resumable_path(self._key, self._job_id)])
+
+    def _mark(self) -> None:
+        """Let other jobs find them; without a mark they are still this job's own to go on from."""
+        if not self._is_marked:
+            with suppress(StorageError):
+                self._storage.put(resumable_path(self._key, self._job_id), b"\n")
+                self._is_marked = True
 
     def _drop(self, kept: int) -> None:
         steps = sorted({PurePosixPath(path).stem for path in self._storage.list(self._own)})

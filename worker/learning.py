@@ -17,6 +17,7 @@ from ncfm_core.datasets import Dataset
 from ncfm_core.distill import Distillation
 from ncfm_core.errors import DamagedError, LimitError
 from ncfm_core.pools import TeacherTraining
+from ncfm_core.progress import Progress
 from ncfm_core.spec import ModelSpec, NcfmSpec, TrainingSpec
 from ncfm_core.synthetic import to_state
 from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool
@@ -31,6 +32,7 @@ from worker.storage import Storage
 
 PICTURED = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the steps at which a grid is kept."""
+AT_FIRST = "its first step takes 2 to 20 seconds for that, up to a minute on a busy machine"
 
 Asked = Callable[[], StopRequest | None]
 Events = Iterator[Event]
@@ -57,14 +59,16 @@ def teacher(
     building = Building(site, storage, "teacher", key)
     if held_out is not None:
         dataset = dataset.hold_out(held_out[0], seed=held_out[1])
-    task = TeacherTraining(dataset, model, training, seed=seed, index=index, device=torch.device(site.device))
+    device, seconds = torch.device(site.device), site.seconds_left()
+    task = TeacherTraining(dataset, model, training, seed=seed, index=index, device=device, seconds=seconds)
     checkpoints = building.checkpoints()
     if saved := checkpoints.newest():
         building.keep_threads(saved.environment)
         building.history = saved.history
         task.load_state(saved.state)
-        yield Notice(f"teacher {index} goes on from step {saved.step}")
-    yield Notice(f"teacher {index} is trained {'compiled' if task.compiled else 'eager'}")
+        yield Notice(f"teacher {index} goes on from {saved}")
+        yield Progress(task.step, task.total, "step")
+    yield Notice(f"teacher {index} is trained {f'compiled: {AT_FIRST}' if task.compiled else 'eager'}")
     while task.step < task.total and not asked():
         for progress in task.run(until=min(task.total, checkpoints.next_step), pause=lambda: asked() is not None):
             building.history.add(progress)
@@ -104,9 +108,18 @@ def distill(
         LimitError: the wall time was over before the first step.
     """
     building, device = Building(site, storage, "distill", key), torch.device(site.device)
+    yield Notice("the distillation is prepared: its teachers are read, and a compiler is tried where one would pay")
     pool = read_pool(storage, teachers, model=model, dataset=dataset, device=device)
-    limit = site.memory_limit_bytes
-    task = Distillation(dataset, pool, method, ipc=ipc, seed=seed, device=device, memory_limit=limit)
+    task = Distillation(
+        dataset,
+        pool,
+        method,
+        ipc=ipc,
+        seed=seed,
+        device=device,
+        memory_limit=site.memory_limit_bytes,
+        seconds=site.seconds_left(),
+    )
     run = _Run(task, building, building.checkpoints())
     yield from run.go_on()
     first_step, started = task.step, time.monotonic()
@@ -149,13 +162,21 @@ class _Run:
             building.keep_threads(saved.environment)
             building.history, self._pictures = saved.history, saved.pictures
             task.load_state(saved.state)
-            yield Notice(f"the distillation goes on from step {saved.step}")
-        yield Notice(f"the distillation runs {task.execution}")
+            yield Notice(f"the distillation goes on from {saved}")
+            yield Progress(task.step, task.total, "step")
+        if task.execution.compiled:
+            yield Notice(f"the distillation is compiled first: {AT_FIRST} ({task.execution})")
+        else:
+            yield self._runs()
+
+    def _runs(self) -> Notice:
+        return Notice(f"the distillation runs {self._task.execution}")
 
     def advance(self, pause: Callable[[], bool]) -> Events:
         """To the last step, or the first after which `pause` says so."""
         task = self._task
         pictured = sorted({round(share * task.total) for share in PICTURED})
+        is_told = not task.execution.compiled
         while True:
             if task.step in pictured:
                 yield from self._picture()
@@ -167,6 +188,9 @@ class _Run:
                 if task.step < task.total and self.checkpoints.due(task.step):
                     yield from self.save()
                 yield progress
+                if not is_told:
+                    is_told = True
+                    yield self._runs()
         if task.halvings:
             yield Notice(
                 f"memory ran out {task.halvings} times: it went on {task.execution}; the last bits are this run's own"

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import JsonValue
 
+from ncfm_core.cost import Costs
 from ncfm_core.parts import Part
 from ncfm_core.spec import CORESETS, CoresetName, EvaluationSpec, JobSpec, digest
 from worker.records import StageName
@@ -151,6 +152,23 @@ def plan(
         full_data=full_data,
         publish=_publish(spec, (distill, *evaluations, *random_real, *coresets, full_data)),
     )
+
+
+def operations_of(build: Build, costs: Costs) -> float:
+    """Floating-point operations that a result takes, roughly; what chooses or writes files counts for nothing."""
+    match build.kind:
+        case "teacher":
+            return costs.teacher
+        case "search":
+            return costs.search
+        case "distill":
+            return costs.distill
+        case "full_data":
+            return costs.full_data
+        case "publish":
+            return 0.0
+        case _:
+            return costs.judged[build.index]
 
 
 def held_out(spec: JobSpec) -> tuple[float, int] | None:

@@ -11,6 +11,7 @@ objects/<job>-<n>/<stage>-<key>/<name>       files of stage results, immutable
 results/<key>.json                           StageResult, created only if absent: the commit
 damaged/<key>-<n>.json                       a StageResult whose files were found missing or damaged, out of the way
 checkpoints/<job>/<key>/<n>/<step>.safetensors   with <step>.json (CheckpointRecord) as its commit
+resumable/<key>/<job>                        that this job left checkpoints of the key, for other jobs to find
 
 Readers ignore keys that they do not know, so that an older controller can follow a newer driver. Light: no torch, no ray.
 """
@@ -144,6 +145,10 @@ class AttemptStatus(Record):
     heartbeat_at: datetime
     mlflow_run_id: str | None
     mlflow_url: str | None
+    job_percent: float | None = None
+    """Of the whole job, by what its parts roughly cost; never falls within an attempt."""
+    job_eta_seconds: float | None = None
+    """Until the end of the whole job, as of the last progress."""
 
 
 class StopRequest(Record):
@@ -237,6 +242,16 @@ def checkpoint_folder(job_id: str, key: str, attempt: int | None = None) -> str:
     """The checkpoints of one result: of one attempt, or of all attempts of the job."""
     folder = f"{checkpoint_root(job_id)}/{key.removeprefix('sha256:')}"
     return folder if attempt is None else f"{folder}/{attempt}"
+
+
+def resumable_folder(key: str) -> str:
+    """Marks of all jobs that have left checkpoints of a result."""
+    return f"resumable/{key.removeprefix('sha256:')}"
+
+
+def resumable_path(key: str, job_id: str) -> str:
+    """The mark of one job. It may outlive its checkpoints; no checkpoint is without it for long."""
+    return f"{resumable_folder(key)}/{job_id}"
 
 
 def set_folder(job_id: str) -> str:

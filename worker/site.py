@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ncfm_core.catalog import DatasetFacts
 from ncfm_core.spec import CheckpointSpec
 from worker.records import Record
 
@@ -35,6 +36,10 @@ class Site:
         """Whether the distillation has to end where it is."""
         return self.deadline is not None and time.time() >= self.deadline
 
+    def seconds_left(self) -> float | None:
+        """Until the distillation has to end; None for no limit."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.time())
+
     @property
     def built_by(self) -> str:
         return f"{self.job_id}-{self.attempt}"
@@ -53,3 +58,14 @@ class DataFacts(Record):
     """How training and test images were told apart."""
     ignored_files: int = 0
     """Files that are not images, or lie outside the class folders."""
+
+    def refine(self, facts: DatasetFacts) -> DatasetFacts:
+        """What a spec says of the data, with the counts that were found."""
+        return replace(
+            facts,
+            num_classes=len(self.class_counts),
+            num_train=self.num_train,
+            num_test=self.num_test,
+            smallest_class=min(self.class_counts),
+            assumed=False,
+        )

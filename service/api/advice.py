@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from ncfm_core.catalog import DatasetFacts
 from ncfm_core.cost import DAY_SECONDS, estimate
 from ncfm_core.spec import JobSpec
 from service.store import Sighting
 
 
-def warnings_for(spec: JobSpec, sighting: Sighting | None) -> tuple[str, ...]:
+def warnings_for(spec: JobSpec, facts: DatasetFacts, sighting: Sighting | None) -> tuple[str, ...]:
     """Warnings to keep with the job: one where it would plainly take more than a day.
 
     Args:
         spec: the resolved spec.
+        facts: what is known of its data.
         sighting: what the controller last saw of the cluster; before that, CPUs alone are assumed.
     """
     cpus, gpus, assumed = float(spec.resources.cpus), 0.0, " (no cluster seen yet, so CPUs are assumed)"
     if sighting is not None and sighting.cpus is not None and sighting.gpus is not None:
         cpus, gpus, assumed = sighting.cpus, sighting.gpus, ""
-    cost = estimate(spec, cpus=cpus, gpus=gpus)
+    cost = estimate(spec, cpus=cpus, gpus=gpus, facts=facts)
     if cost.seconds <= DAY_SECONDS:
         return ()
     way_out = "" if spec.preset == "quick" else " `preset: quick` takes a small part of that."

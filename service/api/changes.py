@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ncfm_core.catalog import nearest
-from ncfm_core.errors import Problem, SpecError, shorten
-from service.api.context import CallerDep, JobDep, StoreDep, may_change
+from ncfm_core.errors import Problem, SpecError, StorageError, shorten
+from service.api.context import CallerDep, JobDep, StorageDep, StoreDep, may_change
 from service.api.envelope import ENVELOPE_SCHEMA, merged, read_envelope
 from service.api.errors import NotFound, NotReady
 from service.api.faults import body_problem
@@ -21,7 +22,7 @@ from service.api.sources import SourcesDep
 from service.api.submission import read_optional, read_submission
 from service.jobs import CancelRequest, Job, Reason, State, cancel_move
 from service.store import Actor, Store
-from worker.records import now
+from worker.records import checkpoint_root, now
 
 router = APIRouter(tags=["jobs"])
 
@@ -36,7 +37,7 @@ class CancelBody(BaseModel):
     mode: Literal["graceful", "force"] = "graceful"
     """`graceful` lets the driver end at its next step; `force` stops it at once."""
     checkpoint: bool = False
-    """Whether a checkpoint is taken before."""
+    """Whether a checkpoint is taken before, and kept for a while: a rerun of the job goes on from it."""
     grace_seconds: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long a graceful end may take before the driver is stopped."""
 
@@ -192,8 +193,8 @@ def change_job(
     response_class=Response,
     summary="Delete",
 )
-def delete_job(job: JobDep, store: StoreDep, caller: CallerDep, if_match: IfMatch = None) -> None:
-    """Take a job that has ended out of the lists. Its files go with the next collection of garbage."""
+def delete_job(job: JobDep, store: StoreDep, storage: StorageDep, caller: CallerDep, if_match: IfMatch = None) -> None:
+    """Take a job that has ended out of the lists. Its files go with the next collection of garbage, its checkpoints at once."""
     may_change(caller, job)
 
     def change(current: Job) -> Job | None:
@@ -204,3 +205,6 @@ def delete_job(job: JobDep, store: StoreDep, caller: CallerDep, if_match: IfMatc
         return store.note(current, "changed", {"deleted": True}, actor=caller.actor, deleted_at=now())
 
     _changed(store, job, change)
+    # Where the storage is away, the collection of garbage finds them as those of a deleted job.
+    with suppress(StorageError):
+        storage.delete(storage.list(checkpoint_root(job.id)))

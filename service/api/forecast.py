@@ -9,7 +9,8 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import JsonValue
 
-from ncfm_core.cost import estimate
+from ncfm_core import cost
+from ncfm_core.catalog import DatasetFacts
 from ncfm_core.spec import JobSpec
 from ncfm_core.submission import resolve
 from service.api.advice import warnings_for
@@ -21,7 +22,7 @@ from service.api.sources import SourcesDep
 from service.api.submission import SubmissionDep
 from service.listing import same_data
 from service.store import Sighting, Store
-from worker.plan import Build, held_out, plan
+from worker.plan import Build, held_out, operations_of, plan
 from worker.records import attempt_path, result_path
 from worker.storage import Storage
 
@@ -49,6 +50,7 @@ class Estimate(Body):
 
     available: Literal[True] = True
     seconds: float
+    """From the start of its driver to its end; what the queue takes is not in it."""
     text: str
     basis: str
     """What it rests on."""
@@ -84,15 +86,14 @@ def validate_job(document: SubmissionDep, store: StoreDep, storage: StorageDep, 
     _, requested = split(document)
     sources.check(document)
     spec = resolve(requested)
-    sighting = store.sighting()
-    data = known_data(store, storage, spec)
-    stages = list(_stages(spec, storage, data))
+    sighting, facts = store.sighting(), sources.facts(spec)
+    builds = list(_builds(spec, storage, known_data(store, storage, spec)))
     return Forecast(
         spec=spec.document(),
         digest=spec.digest(),
-        stages=stages,
-        estimate=_estimate(spec, sighting, stages),
-        warnings=warnings_for(spec, sighting),
+        stages=[stage for stage, _ in builds],
+        estimate=_estimate(spec, facts, sighting, builds),
+        warnings=warnings_for(spec, facts, sighting),
     )
 
 
@@ -136,12 +137,16 @@ def _split_of(document: dict[str, JsonValue]) -> tuple[JsonValue, JsonValue] | N
     return search.get("validation_fraction"), teachers.get("seed")
 
 
-def _stages(spec: JobSpec, storage: Storage, data: tuple[str, str | None, str] | None) -> Iterator[StageForecast]:
+def _builds(
+    spec: JobSpec, storage: Storage, data: tuple[str, str | None, str] | None
+) -> Iterator[tuple[StageForecast, Build | None]]:
+    """What a job needs, with what becomes of it; the look at the data is no result."""
     digest, split_digest, told_by = data or (None, None, "")
     why = f"its digest as job {told_by} found it" if data else "every attempt looks at the data first"
-    yield StageForecast(stage="inspect", name="data", key=None, state="missing", why=why)
+    yield StageForecast(stage="inspect", name="data", key=None, state="missing", why=why), None
     for build in plan(spec, digest, held_out_digest=split_digest).builds():
-        yield _forecast(build, storage, NOT_INSPECTED if digest is None or build.held_out else NOT_SEARCHED)
+        unknown = NOT_INSPECTED if digest is None or build.held_out else NOT_SEARCHED
+        yield _forecast(build, storage, unknown), build
 
 
 def _forecast(build: Build, storage: Storage, unknown: str) -> StageForecast:
@@ -152,14 +157,27 @@ def _forecast(build: Build, storage: Storage, unknown: str) -> StageForecast:
     return StageForecast(stage=build.stage, name=build.label, key=build.key, state="cached", why="stored already")
 
 
-def _estimate(spec: JobSpec, sighting: Sighting | None, stages: list[StageForecast]) -> Estimate | NoEstimate:
-    if all(stage.state == "cached" for stage in stages if stage.stage != "inspect"):
-        return Estimate(seconds=0.0, text="everything is stored already", basis="the results in the storage root")
+def _estimate(
+    spec: JobSpec,
+    facts: DatasetFacts,
+    sighting: Sighting | None,
+    builds: list[tuple[StageForecast, Build | None]],
+) -> Estimate | NoEstimate:
+    results = [(stage, build) for stage, build in builds if build is not None]
+    left = [build for stage, build in results if stage.state != "cached"]
+    if not left:
+        text = f"about {cost.START_SECONDS:.0f} seconds to start: everything is stored already"
+        return Estimate(seconds=cost.START_SECONDS, text=text, basis="the results in the storage root")
     if sighting is None or sighting.cpus is None or sighting.gpus is None:
         return NoEstimate(reason="no cluster has been seen yet, so it is not known where the job would run")
-    if spec.dataset.facts.assumed:
+    if facts.assumed:
         return NoEstimate(reason=f"the number of images of {spec.dataset.name} is not known before they are counted")
-    cost = estimate(spec, cpus=sighting.cpus, gpus=sighting.gpus)
-    basis = f"operations counted from the spec, at typical rates of {sighting.cpus:g} CPUs and {sighting.gpus:g} GPUs"
-    basis += "; good to a factor of three; stored results are not deducted"
-    return Estimate(seconds=round(cost.seconds, 1), text=cost.text, basis=basis)
+    each, stages = cost.costs(spec, facts), len({build.stage for build in left})
+    work = sum(operations_of(build, each) for build in left)
+    found = cost.estimate(spec, cpus=sighting.cpus, gpus=sighting.gpus, facts=facts, work=work, stages=stages)
+    counted = "the spec and the images of the upload" if spec.dataset.facts.assumed else "the spec"
+    stored = f", without those of {len(results) - len(left)} stored results" if len(left) < len(results) else ""
+    start = cost.START_SECONDS + cost.STAGE_SECONDS * stages
+    basis = f"operations counted from {counted}{stored}, at typical rates of {sighting.cpus:g} CPUs and {sighting.gpus:g} GPUs"
+    basis += f"; {start:.0f} s for starting the job and its stages; good to a factor of three on quiet machines"
+    return Estimate(seconds=round(found.seconds, 1), text=found.text, basis=basis)

@@ -16,7 +16,7 @@ from service.api.looking import JOB_PATH, IfNoneMatch, etag_of, names, show
 from service.api.models import AttemptList, JobBody
 from service.api.once import REPLAYED, IdempotencyHeader, idempotency_key
 from service.api.openapi import SUBMISSION, problems
-from service.api.sources import SourcesDep
+from service.api.sources import Sources, SourcesDep
 from service.api.submission import SubmissionDep
 from service.jobs import PRIORITY, Job, new_job_id
 from service.pulse import Pulse
@@ -60,6 +60,7 @@ def submit_job(
         store,
         caller,
         requested,
+        sources=sources,
         once=once,
         priority=PRIORITY if envelope.priority is None else envelope.priority,
         labels=merged({}, envelope.labels or {}),
@@ -72,6 +73,7 @@ def keep_new(
     caller: Caller,
     requested: dict[str, JsonValue],
     *,
+    sources: Sources,
     once: IdempotencyKey | None,
     priority: int,
     labels: dict[str, str],
@@ -84,7 +86,7 @@ def keep_new(
         id=new_job_id(),
         requested=requested,
         spec=spec.document(),
-        warnings=warnings_for(spec, store.sighting()),
+        warnings=warnings_for(spec, sources.facts(spec), store.sighting()),
         created_at=now(),
         owner=caller.owner,
         priority=priority,

@@ -35,18 +35,22 @@ class Links(Body):
 
 
 class ProgressBody(Body):
-    """How far the current stage is."""
+    """How far the current stage is, and the whole job."""
 
     stage: str | None
     """The stage that runs, or null between two."""
     completed: int
     total: int
     unit: str
-    """What is counted: `step`, `epoch`, `student`."""
+    """What is counted: `step`, `student`; `part` (its results) before one has begun; `%` where they count differently."""
     percent: float | None
     """Of this stage; null where the total is not known."""
     eta_seconds: float | None
     """Until the end of this stage, at its rate so far; null before that is known."""
+    job_percent: float | None
+    """Of the whole job, by what its results roughly cost; never falls within an attempt. Null before they are known."""
+    job_eta_seconds: float | None
+    """Until the end of the whole job, at the rate of this attempt so far; null before that is known."""
     updated_at: datetime | None
     """When the driver last got further."""
 
@@ -95,7 +99,7 @@ class JobBody(Body):
     attempt: int
     """Number of the current or last attempt; 0 before the first."""
     progress: ProgressBody | None
-    """Of the current stage; null before the first report."""
+    """Of the current stage and of the whole job; null before the first report."""
     stages: dict[str, str]
     """Stage to `pending`, `running`, `cached` or `done`."""
     result: Result | None

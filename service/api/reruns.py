@@ -77,6 +77,7 @@ def rerun_job(
         store,
         caller,
         requested,
+        sources=sources,
         once=once,
         priority=job.priority if envelope.priority is None else envelope.priority,
         labels=job.labels if envelope.labels is None else merged({}, envelope.labels),

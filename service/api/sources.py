@@ -8,7 +8,9 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from pydantic import JsonValue
 
+from ncfm_core.catalog import DatasetFacts
 from ncfm_core.errors import DatasetError, Problem, SpecError, shorten
+from ncfm_core.spec import JobSpec
 from service.api.guard import is_loopback
 from service.settings import Settings
 from service.uploads import Uploads
@@ -53,6 +55,13 @@ class Sources:
             raise SpecError(*error.problems) from None
         if digest is not None:
             self._check_upload(digest, document.get("ipc"))
+
+    def facts(self, spec: JobSpec) -> DatasetFacts:
+        """What is known of the data before a job looks at them: of an upload, what was counted when it was taken."""
+        facts, uri = spec.dataset.facts, spec.dataset.uri
+        digest = upload_id(uri) if uri is not None else None
+        upload = self._uploads.get(digest) if digest is not None else None
+        return facts if upload is None else upload.refine(facts)
 
     def _check_upload(self, digest: str, ipc: JsonValue) -> None:
         upload = self._uploads.get(digest)

@@ -19,6 +19,7 @@ from service.cli.words import in_commands
 from service.client import Client, ServiceAway
 from service.local.state import Home
 from service.replies import Job
+from service.replies import Progress as JobProgress
 from service.settings import load_settings
 from worker.spec_file import read_document, with_changes
 
@@ -157,12 +158,14 @@ def ls(
     table = Table(box=None)
     # Whole at any width: it is there to be copied.
     table.add_column("id", no_wrap=True, min_width=26)
-    for title in ("job", "state", "stage", "acc. %", "created"):
+    for title in ("job", "state", "stage", "done", "acc. %", "created"):
         table.add_column(title)
     for job in jobs:
-        stage = job.progress.stage if job.progress and not job.is_final else None
+        progress = job.progress if job.progress and not job.is_final else JobProgress()
+        done = "" if progress.job_percent is None else f"{progress.job_percent:.0f} %"
         accuracy = f"{job.accuracy.mean:.1f}" if job.accuracy else ""
-        table.add_row(job.id, job.title, job.state, stage or "", accuracy, f"{job.created_at:%Y-%m-%d %H:%M}")
+        created = f"{job.created_at:%Y-%m-%d %H:%M}"
+        table.add_row(job.id, job.title, job.state, progress.stage or "", done, accuracy, created)
     results.print(table)
     if following:
         messages.print(f"more: the same with --cursor {following}")
@@ -213,7 +216,9 @@ def watch(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
 def cancel(
     job_id: JobId,
     force: Annotated[bool, typer.Option("--force", help="At once, not at its next step.")] = False,
-    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Let it save itself before.")] = False,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Let it save itself before; `ncfm rerun` goes on from there.")
+    ] = False,
     grace: Annotated[float | None, typer.Option(min=0, max=3600, help="Seconds that a graceful end may take.")] = None,
     url: Url = None,
     json: AsJson = False,
@@ -323,7 +328,9 @@ def _show(job: Job, json: bool) -> None:
         table.add_row("queue", f"place {job.queue.position}{f': {job.queue.message}' if job.queue.message else ''}")
     if job.progress and not job.is_final:
         left = f", about {job.progress.eta_seconds:.0f} s left" if job.progress.eta_seconds is not None else ""
-        table.add_row("progress", f"{job.progress.stage} {job.progress.completed}/{job.progress.total}{left}")
+        table.add_row("stage", f"{job.progress.stage} {job.progress.count}{left}")
+        if job.progress.job_count:
+            table.add_row("whole job", job.progress.job_count)
     if job.state == "failed":
         table.add_row("error", in_commands(job.complaint))
     if job.mlflow_url:

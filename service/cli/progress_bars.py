@@ -1,4 +1,4 @@
-"""A bar for each stage of a job that runs."""
+"""A bar for each stage of a job that runs, and one for the whole job."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class StageBars:
         self._progress = progress
         self._bars: dict[str, TaskID] = {}
         self._state = ""
+        self._whole: TaskID | None = None
 
     @staticmethod
     def columns() -> tuple[ProgressColumn, ...]:
@@ -23,7 +24,7 @@ class StageBars:
         return (
             TextColumn("{task.description:10}"),
             BarColumn(),
-            TextColumn("{task.fields[note]:24}"),
+            TextColumn("{task.fields[note]:26}"),
             TimeElapsedColumn(),
         )
 
@@ -37,6 +38,14 @@ class StageBars:
             if name not in self._bars:
                 self._bars[name] = self._progress.add_task(name, total=None, start=False, visible=False, note="")
             self._update_bar(name, state, job)
+        if job.progress is not None and job.progress.job_percent is not None:
+            self._update_whole(job.progress.job_percent, "" if job.is_final else job.progress.job_count)
+
+    def _update_whole(self, percent: float, note: str) -> None:
+        """The bar of the whole job, below its stages."""
+        if self._whole is None:
+            self._whole = self._progress.add_task("job", total=100, note="")
+        self._progress.update(self._whole, completed=percent, note=note)
 
     def _update_bar(self, name: str, state: str, job: Job) -> None:
         bar = self._bars[name]
@@ -47,6 +56,6 @@ class StageBars:
         elif job.progress is not None and job.progress.stage == name:
             if not self._progress.tasks[bar].started:
                 self._progress.start_task(bar)
-            note = f"{job.progress.completed}/{job.progress.total} {job.progress.unit}s"
+            note = job.progress.count
             total = job.progress.total or None
             self._progress.update(bar, total=total, completed=job.progress.completed, note=note, visible=True)

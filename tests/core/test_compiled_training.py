@@ -163,6 +163,7 @@ def test_compiling_is_for_long_trainings_and_several_students_count_together(
     assert not to_compile(network(digits), batches(digits, epochs=epochs))
     assert to_compile(network(digits), batches(digits, epochs=epochs + 1)) == there
     assert to_compile(network(digits), batches(digits, epochs=epochs // 2 + 1), trainings=2) == there
+    assert not to_compile(network(digits), batches(digits, epochs=epochs + 1), seconds=60.0)
 
 
 def test_networks_with_batch_statistics_stay_eager(digits: Dataset) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from ncfm_core.cost import DAY_SECONDS, estimate, forward
+import pytest
+
+from ncfm_core.cost import DAY_SECONDS, START_SECONDS, costs, estimate, forward, operations
 from ncfm_core.submission import resolve
 
 
@@ -24,6 +27,27 @@ def test_more_work_costs_more() -> None:
     assert seconds(preset="quick", method={"steps": 1200}) > seconds(preset="quick")
     assert seconds(preset="quick", ipc=50) > seconds(preset="quick")
     assert seconds(preset="quick", method={"reuse": 1}) > seconds(preset="quick")
+
+
+@pytest.mark.parametrize("search", [None, {"trials": 2, "space": {"image_lr": [0.01, 0.02]}}])
+def test_costs_of_the_results_are_those_of_the_job(search: Any) -> None:
+    document = {"dataset": "digits", "ipc": 1, "baselines": ["random_real", "herding"], "search": search}
+    spec = resolve({name: value for name, value in document.items() if value is not None})
+    each, teachers = costs(spec), spec.teachers.count * (2 if search else 1)
+    assert (each.search > 0) == (search is not None)
+    parts = teachers * each.teacher + each.search + each.distill + 3 * sum(each.judged) + each.full_data
+    assert operations(spec) == pytest.approx(parts)
+
+
+def test_costs_follow_the_facts_that_are_given() -> None:
+    spec = resolve({"dataset": {"name": "imagefolder", "uri": "/data/birds", "image_size": 32}, "ipc": 1})
+    facts = replace(spec.dataset.facts, num_train=20 * spec.dataset.facts.num_train)
+    assert costs(spec, facts).teacher == pytest.approx(20 * costs(spec).teacher)
+
+
+def test_no_job_takes_less_than_its_start() -> None:
+    spec = resolve({"dataset": "digits", "ipc": 1})
+    assert estimate(spec, cpus=2, gpus=0, work=0.0, stages=0).seconds == START_SECONDS
 
 
 def test_gpu_that_was_declined_does_not_count() -> None:

@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from ncfm_core import distill
+from ncfm_core import execution as execution_module
 from ncfm_core.datasets import Dataset
 from ncfm_core.discrepancy import CharacteristicFunction, characteristic_function_by_class
 from ncfm_core.distill import Distillation
 from ncfm_core.errors import ResourcesError
-from ncfm_core.execution import Execution, choose, compiler_works, even_chunks
+from ncfm_core.execution import (
+    COMPILE_OPERATIONS,
+    COMPILE_SECONDS,
+    Execution,
+    choose,
+    compiler_works,
+    compiling_pays,
+    even_chunks,
+)
 from ncfm_core.pools import TeacherPool
 from ncfm_core.rng import generator
 from ncfm_core.spec import JobSpec, NcfmSpec
@@ -171,6 +180,52 @@ def test_networks_with_batch_statistics_are_never_cut(pool: TeacherPool) -> None
 def test_compiling_is_for_long_runs(pool: TeacherPool) -> None:
     assert not chosen(pool, compiled=None, forwards=1e3).compiled
     assert chosen(pool, compiled=None, forwards=1e12).compiled == compiler_works("cpu")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "compiled"),
+    [
+        (None, True),
+        (1e6, True),
+        (4 * COMPILE_SECONDS, True),
+        (4 * COMPILE_SECONDS - 1, False),
+        (60.0, False),
+        (0.0, False),
+    ],
+)
+def test_compiling_is_for_runs_whose_time_can_pay_it_back(
+    pool: TeacherPool, monkeypatch: pytest.MonkeyPatch, seconds: float | None, compiled: bool
+) -> None:
+    tried = list[str]()
+
+    def works(kind: str) -> bool:
+        tried.append(kind)
+        return True
+
+    monkeypatch.setattr(execution_module, "compiler_works", works)
+    assert chosen(pool, compiled=None, forwards=1e12, seconds=seconds).compiled == compiled
+    # The trial takes seconds as well: without a chance to pay there is none.
+    assert tried == ["cpu"] * compiled
+    assert chosen(pool, compiled=True, seconds=seconds).compiled
+
+
+def test_only_work_that_fits_the_time_pays_for_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution_module, "compiler_works", lambda kind: True)
+    monkeypatch.setattr(execution_module, "CPU_RATE", COMPILE_OPERATIONS["cpu"] / 1000 / torch.get_num_threads())
+    assert compiling_pays(1e15, CPU, 1001.0)
+    assert not compiling_pays(1e15, CPU, 999.0)
+    assert not compiling_pays(1e9, CPU, 1001.0)
+
+
+def test_distillation_with_little_time_runs_eager_and_a_resumed_one_as_it_was(
+    digits: Dataset, pool: TeacherPool, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution_module, "compiler_works", lambda kind: True)
+    changes, given = method(spec, steps=1_000_000), {"ipc": 2, "seed": 0, "device": CPU}
+    free, short = (Distillation(digits, pool, changes, **given, seconds=each) for each in (None, 60.0))  # type: ignore[arg-type]
+    assert (free.execution.compiled, short.execution.compiled) == (True, False)
+    short.load_state(free.state())
+    assert short.execution.compiled
 
 
 def test_execution_survives_its_encoding() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
+from ncfm_core.errors import StorageError
 from service.jobs import Reason, State
 from service.store import Store
 from tests.service.world import move
+from worker.storage import Storage
 
 SMALLEST: dict[str, Any] = {"dataset": "digits", "ipc": 1}
 
@@ -163,6 +165,23 @@ def test_delete_when_ended_takes_it_out_of_the_lists(client: httpx.Client, api_s
     assert client.get("/jobs", params={"label": "gone:yes"}).json()["items"] == []
     kept = api_store.get(job_id, deleted=True)
     assert kept is not None and kept.deleted_at is not None
+
+
+def test_delete_removes_the_checkpoints_at_once(
+    client: httpx.Client, api_storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [submit(client) for _ in range(2)]
+    for job_id in ids:
+        client.post(f"/jobs/{job_id}/cancel", json={"checkpoint": True})
+        api_storage.put(f"checkpoints/{job_id}/abc/1/0000000005.json", b"{}")
+    assert client.delete(f"/jobs/{ids[0]}").status_code == 204
+    assert [api_storage.list(f"checkpoints/{job_id}") != [] for job_id in ids] == [False, True]
+
+    def away(self: Storage, prefix: str) -> list[str]:
+        raise StorageError.of("storage", prefix, "cannot be listed", "")
+
+    monkeypatch.setattr(Storage, "list", away)
+    assert client.delete(f"/jobs/{ids[1]}").status_code == 204
 
 
 def test_rerun_makes_a_new_job_with_the_changes(client: httpx.Client, api_store: Store) -> None:

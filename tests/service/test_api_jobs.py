@@ -78,11 +78,11 @@ def test_get_job_when_running_and_done_shows_progress_and_figures(
     client: httpx.Client, api_store: Store, api_storage: Storage
 ) -> None:
     body = submit(client)
-    progress = Progress(stage="distill", completed=3, total=10, unit="step")
+    progress = Progress(stage="distill", completed=3, total=10, unit="step", job_percent=12.5, job_eta_seconds=40.0)
     job = move(api_store, body, State.STARTING, State.RUNNING, progress=progress)
     assert client.get(f"/jobs/{job.id}").json()["progress"] == {
         "stage": "distill", "completed": 3, "total": 10, "unit": "step",
-        "percent": 30.0, "eta_seconds": None, "updated_at": None,
+        "percent": 30.0, "eta_seconds": None, "updated_at": None, "job_percent": 12.5, "job_eta_seconds": 40.0,
     }  # fmt: skip
     result = FakeDriver(api_storage, job).succeed()
     api_store.move(job, State.SUCCEEDED, result=result_of(result), mlflow_url=result.mlflow_url)

@@ -63,3 +63,17 @@ def test_bars_follow_the_stages_of_a_job() -> None:
         shown = {task.description: (task.visible, task.completed, task.total) for task in progress.tasks}
 
     assert shown == {"teachers": (True, 1, 1), "distill": (True, 250, 500), "evaluate": (False, 0, None)}
+
+
+def test_bar_of_the_whole_job_stands_beside_those_of_its_stages() -> None:
+    console = Console(file=io.StringIO())
+    running = job("running", {"distill": "running"}, "distill", 250)
+    assert running.progress is not None
+    told = {"job_percent": 42.0, "job_eta_seconds": 30.0}
+    with Progress(*StageBars.columns(), console=console, auto_refresh=False) as progress:
+        bars = StageBars(progress)
+        bars.update(running.model_copy(update={"progress": running.progress.model_copy(update=told)}))
+        shown = {task.description: (task.completed, task.total, task.fields["note"]) for task in progress.tasks}
+    assert shown == {"distill": (250, 500, "250/500 steps"), "job": (42.0, 100, "42 %, about 30 s left")}
+    percent = running.progress.model_copy(update={"completed": 25, "total": 100, "unit": "%"})
+    assert (percent.count, percent.job_count) == ("25 %", "")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -98,7 +99,7 @@ def test_new_job_id_when_made_later_sorts_later() -> None:
     assert new_job_id()[:10] >= first[:10]
 
 
-def said(completed: int, at: float, *, stage: StageName = "distill") -> AttemptStatus:
+def said(completed: int, at: float, *, stage: StageName = "distill", **more: Any) -> AttemptStatus:
     return AttemptStatus(
         job_id="j",
         attempt=1,
@@ -111,7 +112,26 @@ def said(completed: int, at: float, *, stage: StageName = "distill") -> AttemptS
         heartbeat_at=datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=at),
         mlflow_run_id=None,
         mlflow_url=None,
+        **more,
     )
+
+
+def test_progress_of_the_whole_job_is_the_drivers() -> None:
+    first = progress_of(said(400, 0, job_percent=20.0))
+    assert (first.job_percent, first.job_eta_seconds) == (20.0, None)
+    # The stage stands still, another beside it does not.
+    second = progress_of(said(400, 5, job_percent=25.0, job_eta_seconds=60.0), first)
+    assert (second.completed, second.job_percent, second.job_eta_seconds) == (400, 25.0, 60.0)
+    assert second.since == first.since
+    assert progress_of(said(400, 7, job_percent=25.0, job_eta_seconds=60.0), second) is second
+    following = progress_of(said(0, 9, stage="evaluate", job_percent=50.0), second)
+    assert (following.percent, following.job_percent) == (0.0, 50.0)
+
+
+def test_progress_when_a_stage_counts_anew_begins_its_rate_anew() -> None:
+    parts = progress_of(said(0, 0).model_copy(update={"total": 1, "unit": "part"}))
+    resumed = progress_of(said(500, 1), parts)
+    assert (resumed.percent, resumed.since_completed, resumed.eta_seconds) == (50.0, 500, None)
 
 
 def test_progress_when_a_stage_goes_on_knows_its_rate() -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import delete, insert, text, update
 from ncfm_core.submission import resolve
 from service.cli import app as cli
 from service.database import open_unchecked
-from service.jobs import Job, Reason, State, new_job_id
+from service.jobs import CancelRequest, Job, Reason, State, new_job_id
 from service.retention import Limits, tidy
 from service.store import IdempotencyKey, Store
 from service.tables import attempts, audit, events, idempotency, jobs, uploads
@@ -404,6 +404,32 @@ def test_gc_when_things_are_old_removes_them_and_nothing_else(
     monkeypatch.setenv("NCFM_KEEP_CACHE_DAYS", "1")
     assert json.loads(ncfm("gc", "--json")[1])["counts"]["results"] == 1
     assert storage.list("results") == ["results/a.json"]
+
+
+def test_tidy_keeps_checkpoints_of_jobs_that_were_cancelled_to_be_gone_on_from(store: Store, storage: Storage) -> None:
+    saved, plain, old, deleted, live = (new_job(store) for _ in range(5))
+    for job in (saved, plain, old, deleted):
+        request = CancelRequest(checkpoint=job is not plain, requested_at=now())
+        store.move(job, State.CANCELLED, reason=Reason.REQUESTED, cancel=request)
+    with store.writing() as connection:
+        days = now() - timedelta(days=8)
+        connection.execute(update(jobs).where(jobs.c.id == old.id).values(finished_at=days))
+        connection.execute(update(jobs).where(jobs.c.id == deleted.id).values(deleted_at=now()))
+    for job in (saved, plain, old, deleted, live):
+        storage.put(f"checkpoints/{job.id}/abc/1/0000000005.json", b"c" * 10)
+        storage.put(f"resumable/abc/{job.id}", b"")
+    for folder in ("checkpoints", "resumable"):
+        for path in storage.list(folder):
+            age_file(Path(storage.url) / path, 3)
+    assert tidy(store, storage, now(), Limits(), dry_run=True).counts == {"checkpoints": 3}
+    assert len(storage.list("checkpoints")) == len(storage.list("resumable")) == 5
+    assert tidy(store, storage, now(), Limits()).counts == {"checkpoints": 3}
+    for folder, place in (("checkpoints", 1), ("resumable", 2)):
+        assert {path.split("/")[place] for path in storage.list(folder)} == {saved.id, live.id}
+    later = now() + timedelta(days=8)
+    assert "checkpoints" not in tidy(store, storage, later, Limits(checkpoints=timedelta(days=9))).counts
+    assert tidy(store, storage, later, Limits()).counts == {"checkpoints": 1}
+    assert {path.split("/")[1] for path in storage.list("checkpoints")} == {live.id}
 
 
 def test_tidy_when_thousands_are_old_removes_them_in_batches(store: Store, storage: Storage) -> None:

@@ -43,6 +43,30 @@ def test_progress_is_summed_over_parts(board: Board) -> None:
     assert (status.completed, status.total, status.unit) == (220, 440, "step")
 
 
+def test_stage_of_which_nothing_has_begun_counts_its_parts(board: Board) -> None:
+    status = board.status()
+    assert (status.stage, status.completed, status.total, status.unit) == ("teachers", 0, 2, "part")
+
+
+def test_status_tells_of_the_whole_job_once_its_parts_are_weighed(board: Board) -> None:
+    assert (board.status().job_percent, board.status().job_eta_seconds) == (None, None)
+    board.weigh({("teachers", "teacher 0"): 1.0, ("teachers", "teacher 1"): 1.0, ("distill", "distill"): 2.0})
+    board.started("teachers", "teacher 0")
+    board.finished("teachers", "teacher 0", cached=False)
+    assert board.status().job_percent == 25.0
+    board.started("distill", "distill")
+    board.progressed("distill", "distill", Progress(50, 100, "step", {"loss": 1.0}))
+    assert board.status().job_percent == 50.0
+    board.reopened("teachers", "teacher 0")
+    assert board.status().job_percent == 50.0, "it never falls"
+
+
+def test_seconds_count_what_still_runs(board: Board) -> None:
+    board.started("teachers", "teacher 0")
+    time.sleep(0.1)
+    assert board.seconds()["teachers"] >= 0.1
+
+
 def test_parts_of_several_units_count_in_percent(board: Board) -> None:
     for name in ("teacher 0", "teacher 1"):
         board.finished("teachers", name, cached=True)
@@ -121,7 +145,7 @@ def test_notes_stand_before_the_message_until_they_are_taken_away(board: Board) 
 def test_part_that_is_made_again_opens_its_stage(board: Board) -> None:
     board.finished("teachers", "teacher 0", cached=True)
     board.finished("teachers", "teacher 1", cached=True)
-    board.reopened("teachers")
+    board.reopened("teachers", "teacher 0")
     assert board.status().stages["teachers"] == "pending"
     board.started("teachers", "teacher 0")
     board.finished("teachers", "teacher 0", cached=False)

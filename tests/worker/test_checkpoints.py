@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ncfm_core.progress import Progress
@@ -14,8 +16,11 @@ KEY = "sha256:" + "c" * 64
 EVERY = CheckpointSpec(every_steps=10, every_seconds=3600.0)
 
 
-def checkpoints(storage: Storage, attempt: int = 1, key: str = KEY, every: CheckpointSpec = EVERY) -> Checkpoints:
-    return Checkpoints(storage, job_id="J", attempt=attempt, key=key, every=every, environment={"threads": 2})
+def checkpoints(
+    storage: Storage, attempt: int = 1, key: str = KEY, every: CheckpointSpec = EVERY, job_id: str = "J", **here: Any
+) -> Checkpoints:
+    environment = {"threads": 2} | here
+    return Checkpoints(storage, job_id=job_id, attempt=attempt, key=key, every=every, environment=environment)
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -103,6 +108,71 @@ def test_checkpoint_of_another_key_is_not_taken() -> None:
     storage = Storage("memory://")
     checkpoints(storage).save(10, state(10), history(10))
     assert checkpoints(storage, key="sha256:" + "d" * 64).newest() is None
+
+
+def test_where_a_job_has_none_it_takes_the_newest_of_another_and_leaves_it_alone() -> None:
+    storage = Storage("memory://")
+    checkpoints(storage, job_id="A").save(10, state(10), history(10))
+    checkpoints(storage, job_id="B").save(30, state(30), history(30))
+    before = {path: storage.get(path) for path in storage.list("checkpoints")}
+    own = checkpoints(storage, job_id="C")
+    saved = own.newest()
+    assert saved is not None
+    assert (saved.step, saved.job_id, str(saved)) == (30, "B", "step 30 of job B")
+    assert own.next_step == 40
+    own.save(40, state(40), history(40))
+    own.clear()
+    assert {path: storage.get(path) for path in storage.list("checkpoints")} == before
+    assert storage.list("resumable") == [f"resumable/{'c' * 64}/{job}" for job in "AB"]
+
+
+def test_own_one_goes_before_that_of_another_job() -> None:
+    storage = Storage("memory://")
+    checkpoints(storage, job_id="A").save(30, state(30), history(30))
+    checkpoints(storage).save(10, state(10), history(10))
+    saved = checkpoints(storage, attempt=2).newest()
+    assert saved is not None
+    assert (saved.step, saved.job_id, str(saved)) == (10, None, "step 10")
+
+
+def test_damaged_or_half_written_ones_of_other_jobs_are_passed_over() -> None:
+    storage = Storage("memory://")
+    for number, job_id in enumerate("ABC"):
+        checkpoints(storage, job_id=job_id).save(10 + number, state(10 + number), history(10 + number))
+    path = {path.split("/")[1]: path for path in storage.list("checkpoints")}
+    storage.put(path["C"], b"half")
+    storage.delete([path["B"].replace(".safetensors", ".json")])
+    saved = checkpoints(storage).newest()
+    assert saved is not None
+    assert (saved.step, saved.job_id) == (10, "A")
+    # A mark whose checkpoints are gone leads nowhere.
+    storage.delete(storage.list("checkpoints"))
+    assert checkpoints(storage).newest() is None
+
+
+def test_one_of_another_job_counts_on_the_same_kind_of_device_alone() -> None:
+    storage = Storage("memory://")
+    checkpoints(storage, job_id="A", device="cuda:1").save(10, state(10), history(10))
+    assert checkpoints(storage, device="cpu").newest() is None
+    assert checkpoints(storage, device="cuda").newest() is not None
+    # What a job left itself it takes as before.
+    assert checkpoints(storage, job_id="A", attempt=2, device="cpu").newest() is not None
+
+
+def test_search_for_one_reads_the_folders_of_jobs_with_the_key_alone() -> None:
+    storage, listed = Storage("memory://"), list[str]()
+    for number in range(5):
+        checkpoints(storage, key=f"sha256:{number}", job_id=f"other-{number}").save(10, state(10), history(10))
+    checkpoints(storage, job_id="A").save(10, state(10), history(10))
+    sizes = storage.sizes
+
+    def noted(prefix: str = "") -> dict[str, int]:
+        listed.append(prefix)
+        return sizes(prefix)
+
+    storage.sizes = noted  # type: ignore[method-assign]
+    assert checkpoints(storage).newest() is not None
+    assert listed == [f"checkpoints/J/{'c' * 64}", f"resumable/{'c' * 64}", f"checkpoints/A/{'c' * 64}"]
 
 
 def test_due_by_steps_at_multiples() -> None:

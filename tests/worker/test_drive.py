@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -125,6 +127,7 @@ def test_attempt_that_succeeds_names_its_results_and_leaves_no_checkpoint(driver
     assert (result.outcome, result.publication, result.shortened) == ("succeeded", "none", None)
     assert {result_path(key) for key in result.keys} == set(driver.storage.list("results"))
     assert result.data is not None and result.data["num_train"] == 1297
+    assert (driver.board.status().job_percent, driver.board.status().job_eta_seconds) == (100.0, 0.0)
     assert driver.storage.list("checkpoints") == []
 
 
@@ -142,11 +145,33 @@ def test_stopped_attempt_saves_itself_and_goes_on_to_the_same_bits(
     saved = [path for path in driver.storage.list("checkpoints/J") if path.endswith(".json")]
     assert len(saved) == 1
     assert in_process.held == {}
-    in_process.before = lambda label: None
+    shares: list[float | None] = []
+    in_process.before = lambda label: shares.append(driver.board.status().job_percent)
     again = driver(spec, 2)
     assert again.figures == undisturbed.figures
+    told = [share for share in shares if share is not None]
+    assert told == sorted(told) and 0 <= told[0] < 50 < told[-1] <= 100
     assert driver.images("J") == driver.images("first")
     assert driver.results("distill")[0].figures["steps"] == 60
+
+
+def test_second_job_goes_on_where_a_cancelled_one_saved_itself_to_the_same_bits(
+    after_first: Driver, in_process: InProcess, spec: JobSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = after_first
+    for stage in ("distill", "publish", "evaluate"):
+        driver.storage.delete([result_path(result.key) for result in driver.results(stage)])
+    at_turn(in_process, "distill", 6, lambda: ask(driver.storage, 1, checkpoint=True))
+    assert driver(spec).outcome == "stopped"
+    saved = {path: driver.storage.get(path) for path in driver.storage.list("checkpoints/J")}
+    (step,) = {int(Path(path).stem) for path in saved}
+    in_process.before = lambda label: None
+    with caplog.at_level("INFO"):
+        again = driver(spec, job_id="rerun")
+    assert f"the distillation goes on from step {step} of job J" in caplog.messages
+    assert again.outcome == "succeeded"
+    assert driver.images("rerun") == driver.images("first")
+    assert {path: driver.storage.get(path) for path in driver.storage.list("checkpoints")} == saved
 
 
 def test_stopped_attempt_saves_nothing_where_that_is_not_asked_for(
@@ -179,7 +204,7 @@ def test_distillation_ends_when_the_wall_time_is_over(
     driver: Driver, in_process: InProcess, changed: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = changed(limits={"wall_seconds": 1000.0})
-    over_at(in_process, monkeypatch, 5)
+    over_at(in_process, monkeypatch, 6)
     result = driver(spec)
     assert result.outcome == "succeeded"
     assert result.shortened is not None
@@ -210,7 +235,7 @@ def test_retry_of_a_distillation_that_was_cut_takes_the_same_set(
     driver: Driver, in_process: InProcess, changed: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = changed(limits={"wall_seconds": 1000.0})
-    started_at, in_time = over_at(in_process, monkeypatch, 5), in_process.before
+    started_at, in_time = over_at(in_process, monkeypatch, 6), in_process.before
 
     def lose_in_evaluation(label: str) -> None:
         if label == "evaluation 0":
@@ -237,7 +262,28 @@ def test_time_that_is_over_before_the_first_step_is_the_users(
     assert result.error is not None and result.error.code == "limit_reached"
     (problem,) = result.error.problems
     assert (problem["field"], problem["value"]) == ("limits.wall_seconds", "10.0")
-    assert "took" in problem["message"]
+    assert "it took: waiting and starting 11 s" in problem["message"]
+    assert problem["hint"] == "Allow more: waiting and starting took most."
+
+
+def test_time_that_a_running_stage_used_up_is_said_to_be_its(
+    driver: Driver, in_process: InProcess, changed: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker.driver import attempt
+
+    over = list[bool]()
+
+    def pass_the_time() -> None:
+        time.sleep(2.0)
+        over.append(True)
+
+    at_turn(in_process, "teacher 0", 3, pass_the_time)
+    monkeypatch.setattr(attempt.Attempt, "_is_late", lambda self: bool(over))
+    result = driver(changed(limits={"wall_seconds": 10.0}))
+    assert result.error is not None
+    (problem,) = result.error.problems
+    assert re.search(r"it took: .*teachers [2-9] s", problem["message"]), problem
+    assert problem["hint"] == "Allow more, or ask for fewer teachers or epochs of them."
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])

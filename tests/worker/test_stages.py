@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from ncfm_core import distill, execution, training
 from ncfm_core.datasets import Dataset
 from ncfm_core.errors import SpecError
 from ncfm_core.progress import Progress
@@ -135,6 +138,29 @@ def test_stopped_distillation_ends_with_the_same_bits(job_of: JobOf, storage: St
     assert content(storage, resumed) == expected
     assert [event.step for event in events if isinstance(event, Picture)] == [0, 6, 15, 30, 45, 60]
     assert [event.step for event in later if isinstance(event, Picture)] == [45, 60]
+
+
+@pytest.mark.parametrize("seconds", [None, 60.0])
+def test_distillation_says_that_it_compiles_before_it_does(
+    job_of: JobOf, finish: Finish, monkeypatch: pytest.MonkeyPatch, seconds: float | None
+) -> None:
+    """Compiling is only said here: the bound and the compiler are stand-ins."""
+    monkeypatch.setitem(execution.COMPILE_OPERATIONS, "cpu", 0.0)
+    monkeypatch.setattr(execution, "compiler_works", lambda kind: True)
+    monkeypatch.setattr(distill, "compiled_form", lambda forward: forward)
+    monkeypatch.setattr(training, "compiled_form", lambda forward: forward)
+    job = job_of(1)
+    teachers = [finish(job.teacher(index))[0] for index in range(2)]
+    job.site = replace(job.site, deadline=None if seconds is None else time.time() + seconds)
+    told = [event.message if isinstance(event, Notice) else event for event in finish(job.distill(teachers))[1]]
+    progress = next(index for index, event in enumerate(told) if isinstance(event, Progress))
+    before = [each for each in told[:progress] if isinstance(each, str)]
+    assert before[0].startswith("the distillation is prepared")
+    if seconds is None:
+        assert before[-1].startswith("the distillation is compiled first: ")
+        assert str(told[progress + 1]).startswith("the distillation runs compiled, ")
+    else:
+        assert before[-1].startswith("the distillation runs eager, ")
 
 
 def test_stopped_teacher_ends_with_the_same_bits(job_of: JobOf, storage: Storage, finish: Finish) -> None:

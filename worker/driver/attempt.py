@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import PurePosixPath
 
+from ncfm_core import cost
 from ncfm_core.errors import DamagedError, LimitError
 from ncfm_core.progress import Progress
 from ncfm_core.spec import JobSpec
@@ -17,11 +18,12 @@ from worker.driver.live import Tracker
 from worker.driver.orders import distill_orders, judging_orders, teacher_orders
 from worker.driver.pool import Order, Pool
 from worker.driver.reporter import Reporter
+from worker.driver.share import Part
 from worker.driver.story import search_method, tell, trial_records
 from worker.environment import code_version
 from worker.evidence import Evidence, Results, evidence, shortened_in, shortened_in_words
 from worker.history import Trouble
-from worker.plan import Build, Plan, held_out, plan
+from worker.plan import Build, Plan, held_out, operations_of, plan
 from worker.records import (
     FileRecord,
     StageResult,
@@ -29,6 +31,7 @@ from worker.records import (
     checkpoint_folder,
     checkpoint_root,
     result_path,
+    resumable_folder,
     set_folder,
 )
 from worker.settings import Surroundings
@@ -36,6 +39,16 @@ from worker.site import DataFacts, Site
 from worker.stopping import StopWatch
 from worker.storage import Storage
 from worker.trials import BEST_FILE, best_spec
+
+PART_SECONDS = 1.0
+"""What a part takes beside its operations, at least: for the share of the whole job alone."""
+SAVINGS = {
+    "inspect": ": loading the data took most",
+    "teachers": ", or ask for fewer teachers or epochs of them",
+    "search": ", or ask for fewer trials or steps of them",
+    "distill": ": making the distillation ready took most",
+}
+"""What else may be done where a stage took most of a wall time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,15 +114,27 @@ class Attempt:
         pool = Pool(site, self._storage, dataset, demand=demand, slots=slots, observer=self._reporter, guard=self)
         needed = self._plan = plan(spec, facts.digest, held_out_digest=facts.held_out_digest)
         self._reporter.board.expect(["inspect", *(build.stage for build in needed.builds()), "publish"])
+        self._weigh(spec, facts, needed)
         try:
             searched = self._search(pool, needed, dataset, demand)
             if searched is not None:
                 spec = best_spec(spec, search_method(searched))
+                self._weigh(spec, facts, needed)
                 self._reporter.say(f"the search chose {dict(search_method(searched))}")
                 self._warn_of_lost(searched)
             return self._distill_and_publish(pool, spec, facts, searched)
         except LimitError:
             raise self._too_late() from None
+
+    def _weigh(self, spec: JobSpec, facts: DataFacts, needed: Plan) -> None:
+        """Let the board know what each part of the job roughly takes."""
+        cluster = tasks.nodes()
+        rate = cost.rate(spec, cpus=max(node.cpus for node in cluster), gpus=max(node.gpus for node in cluster))
+        each = cost.costs(spec, facts.refine(spec.dataset.facts))
+        weights: dict[Part, float] = {
+            (build.stage, build.label): operations_of(build, each) / rate + PART_SECONDS for build in needed.builds()
+        }
+        self._reporter.board.weigh(weights | {("publish", "records"): PART_SECONDS})
 
     def check(self) -> None:
         """
@@ -130,10 +155,13 @@ class Attempt:
         return deadline is not None and time.time() >= deadline
 
     def _has_something(self) -> bool:
-        """Whether the distillation has begun, in this attempt or an earlier one: only it and teachers leave checkpoints."""
+        """Whether the distillation has begun, in this attempt, an earlier one or another job: only it and teachers leave
+        checkpoints."""
         if self._reporter.board.has_begun("distill"):
             return True
         assert self._plan is not None
+        if self._plan.distill.key is not None and self._storage.list(resumable_folder(self._plan.distill.key)):
+            return True
         teachers = (*self._plan.search_teachers, *self._plan.teachers)
         folders = [checkpoint_folder(self._job.job_id, str(build.key)) for build in teachers]
         paths = self._storage.list(checkpoint_root(self._job.job_id))
@@ -142,10 +170,14 @@ class Attempt:
     def _too_late(self) -> LimitError:
         limit, seconds = self._job.spec.limits.wall_seconds, self._reporter.board.seconds()
         elapsed = time.time() - self._job.started_at.timestamp()
-        parts = seconds | {"earlier attempts, waiting and starting": max(0.0, elapsed - sum(seconds.values()))}
+        rest = "waiting and starting" if self._job.attempt == 1 else "earlier attempts, waiting and starting"
+        parts = seconds | {rest: max(0.0, elapsed - sum(seconds.values()))}
         took = ", ".join(f"{stage} {value:.0f} s" for stage, value in parts.items() if value >= 1)
+        most = max(parts, key=lambda part: parts[part])
         message = f"over before the first step of the distillation; it took: {took}"
-        return LimitError.of("limits.wall_seconds", limit, message, "Allow more, or ask for fewer teachers or trials.")
+        return LimitError.of(
+            "limits.wall_seconds", limit, message, f"Allow more{SAVINGS.get(most, f': {rest} took most')}."
+        )
 
     def _site(self, demand: tasks.Demand) -> Site:
         return Site(

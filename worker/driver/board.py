@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from ncfm_core.errors import StorageError, StorageFullError
 from ncfm_core.progress import Progress
+from worker.driver.share import JobShare, Part
 from worker.records import STAGES, AttemptStatus, StageName, attempt_path, now
 from worker.storage import Storage
 
@@ -46,6 +47,8 @@ class _StageState:
     def progress(self) -> tuple[int, int, str]:
         """Completed, total and unit; in percent where the parts do not count alike."""
         known = list(self.parts.values())
+        if not known:
+            return 0, self.expected, "part"
         if len({(part.unit, part.total) for part in known}) == 1 and known[0].total:
             total = known[0].total * max(self.expected, len(known))
             return sum(part.completed for part in known), total, known[0].unit
@@ -67,6 +70,7 @@ class Board:
         """Of the results so far, in order."""
         self.job_id, self.attempt = job_id, attempt
         self._stages: dict[StageName, _StageState] = {}
+        self._share = JobShare()
         self._notes: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -86,9 +90,15 @@ class Board:
         with self._lock:
             return stage in self._stages and self._stages[stage].state != "pending"
 
-    def reopened(self, stage: StageName) -> None:
+    def weigh(self, weights: Mapping[Part, float]) -> None:
+        """Say how long each part will roughly take, in any unit: what the progress of the whole job rests on."""
+        with self._lock:
+            self._share.weigh(weights)
+
+    def reopened(self, stage: StageName, part: str) -> None:
         """A part that was finished has to be made again."""
         with self._lock:
+            self._share.reopened((stage, part))
             self._stages[stage].finished -= 1
             self._stages[stage].state = "pending"
 
@@ -106,10 +116,12 @@ class Board:
                 state.busy_since = time.monotonic()
             state.running.add(part)
             state.state = "running"
+            self._share.started((stage, part))
 
     def progressed(self, stage: StageName, part: str, progress: Progress) -> None:
         with self._lock:
             self._stages[stage].parts[part] = progress
+            self._share.progressed((stage, part), progress)
 
     def finished(self, stage: StageName, part: str, *, cached: bool) -> None:
         with self._lock:
@@ -119,15 +131,20 @@ class Board:
             if part in state.running:
                 state.running.remove(part)
                 state.seconds += 0.0 if state.running else time.monotonic() - state.busy_since
+            self._share.finished((stage, part), cached=cached)
             state.finished += 1
             state.built += not cached
             if state.finished >= state.expected:
                 state.state = "done" if state.built else "cached"
 
     def seconds(self) -> dict[str, float]:
-        """Wall time by stage so far."""
+        """Wall time by stage so far, with what still runs."""
         with self._lock:
-            return {stage: round(state.seconds, 2) for stage, state in self._stages.items()}
+            now_s = time.monotonic()
+            return {
+                stage: round(state.seconds + (now_s - state.busy_since if state.running else 0.0), 2)
+                for stage, state in self._stages.items()
+            }
 
     def status(self) -> AttemptStatus:
         """The document as of now; its stage is the first one that is not complete."""
@@ -145,6 +162,8 @@ class Board:
                 unit=unit,
                 message="; ".join([*self._notes.values(), *([self.message] if self.message else [])]),
                 stages={name: self._stages[name].state for name in active},
+                job_percent=self._share.percent,
+                job_eta_seconds=self._share.eta_seconds,
                 heartbeat_at=now(),
                 mlflow_run_id=self.mlflow_run_id,
                 mlflow_url=self.mlflow_url,

@@ -116,7 +116,7 @@ class Reporter:
         self.warn(f"{build.label} is built again: {problem.message} ({problem.field})")
 
     def begins_again(self, build: Build) -> None:
-        self.board.reopened(build.stage)
+        self.board.reopened(build.stage, build.label)
 
     def stops(self) -> None:
         self.say("stops as asked")
