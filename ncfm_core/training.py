@@ -66,7 +66,7 @@ class Training:
         self._batches = Batches(images, labels, dataset, spec=spec, targets=targets)
         self.batch_size, self.steps_per_epoch = self._batches.batch_size, self._batches.steps_per_epoch
         self.total = self._batches.total
-        self._chunk = _chunk(model, self._batches)
+        self._chunk = images_at_a_time(model, self._batches)
         self.compiled = to_compile(model, self._batches, compiled)
         """Whether the network goes through `torch.compile`."""
         self._forward: Callable[[Tensor], Tensor] | None = None
@@ -147,6 +147,11 @@ def to_compile(model: nn.Module, batches: Batches, asked: bool | None = None, *,
     """
     if asked is not None or not separable(model):
         return bool(asked) and separable(model)
+    return compiling_pays(operations_of(model, batches) * trainings, batches.device)
+
+
+def operations_of(model: nn.Module, batches: Batches) -> float:
+    """Floating-point operations of a whole training, forward and backward."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     *_, operations = probe(
         lambda weights, images: torch.func.functional_call(model, weights, (images,)),
@@ -154,10 +159,10 @@ def to_compile(model: nn.Module, batches: Batches, asked: bool | None = None, *,
         batches.image_shape,
         batches.device,
     )
-    return compiling_pays((1 + BACKWARD_FORWARDS) * operations * batches.shown * trainings, batches.device)
+    return (1 + BACKWARD_FORWARDS) * operations * batches.shown
 
 
-def _chunk(model: nn.Module, batches: Batches) -> int:
+def images_at_a_time(model: nn.Module, batches: Batches) -> int:
     """Images of a batch that go forward and backward at a time; their gradients add up to the batch's."""
     if batches.device.type != "cpu" or not separable(model):
         return batches.batch_size
