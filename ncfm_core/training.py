@@ -68,7 +68,7 @@ class Training:
         self._batches = Batches(images, labels, dataset, spec=spec, targets=targets)
         self.batch_size, self.steps_per_epoch = self._batches.batch_size, self._batches.steps_per_epoch
         self.total = self._batches.total
-        self._chunk = _chunk(model, self._batches)
+        self._chunk = images_at_a_time(model, self._batches)
         self.compiled = to_compile(model, self._batches, compiled, seconds=seconds)
         """Whether the network goes through `torch.compile`."""
         self._forward: Callable[[Tensor], Tensor] | None = None
@@ -157,6 +157,11 @@ def to_compile(
     """
     if asked is not None or not separable(model):
         return bool(asked) and separable(model)
+    return compiling_pays(operations_of(model, batches) * trainings, batches.device, seconds)
+
+
+def operations_of(model: nn.Module, batches: Batches) -> float:
+    """Floating-point operations of a whole training, forward and backward."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     *_, operations = probe(
         lambda weights, images: torch.func.functional_call(model, weights, (images,)),
@@ -164,11 +169,10 @@ def to_compile(
         batches.image_shape,
         batches.device,
     )
-    operations *= (1 + BACKWARD_FORWARDS) * batches.shown * trainings
-    return compiling_pays(operations, batches.device, seconds)
+    return (1 + BACKWARD_FORWARDS) * operations * batches.shown
 
 
-def _chunk(model: nn.Module, batches: Batches) -> int:
+def images_at_a_time(model: nn.Module, batches: Batches) -> int:
     """Images of a batch that go forward and backward at a time; their gradients add up to the batch's."""
     if batches.device.type != "cpu" or not separable(model):
         return batches.batch_size

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ncfm_core.bench.compiling import choose_compiled
 from ncfm_core.bench.folder import Folder
 from ncfm_core.bench.keeping import Content, Keeping, choose_keeping, restored
 from ncfm_core.bench.machine import synchronise
@@ -132,6 +133,8 @@ class Pipeline:
         self._trained = _unnested(folder.load(TEACHERS)) if folder else {}
         self._sets = _unnested(folder.load(SETS)) if folder else {}
         self._pool: TeacherPool | None = None
+        self._compiled = choose_compiled(work, self._dataset, len(self._seeds))
+        self._teachers_compiled = False
         self._moved = False
         self._mark = time.perf_counter()
 
@@ -171,10 +174,12 @@ class Pipeline:
         while len(self._trained) < count:
             index = len(self._trained)
             training = self._teacher(index)
-            if not self._may_begin(None if training.compiled else 0.0):
+            # The first teacher that is compiled takes its time before the first step, and the next ones find the code there.
+            if not self._may_begin(None if training.compiled and not self._teachers_compiled else 0.0):
                 return self._stopped("teachers", index=index)
             if not self._advance(training, "teachers", index=index):
                 return False
+            self._teachers_compiled |= training.compiled
             self._trained[str(index)] = self.keeping.keep_teacher(part(training.result(), "trained."))
             self._state.teacher_accuracy.append(training.accuracy())
             self._finish("teachers", f"teacher {index + 1}/{count}", {TEACHERS: _nested(self._trained)})
@@ -225,7 +230,7 @@ class Pipeline:
                     seed=seed,
                     device=self._work.device,
                     first=first,
-                    compiled=self._work.compiled,
+                    compiled=self._compiled.students[number],
                     targets=synthetic.soft_labels if entry.training.needs_soft_labels else None,
                 ):
                     found["last"].append(report.metrics["accuracy"])
@@ -244,7 +249,7 @@ class Pipeline:
             seed=spec.teachers.seed,
             index=index,
             device=self._work.device,
-            compiled=self._work.compiled,
+            compiled=self._compiled.teachers,
         )
 
     def _build_pool(self) -> TeacherPool:
@@ -321,6 +326,7 @@ class Pipeline:
             "teacher_accuracy": _mean(state.teacher_accuracy),
             "accuracy": self._accuracy(0),
             "evaluations": [self._accuracy(number) for number in range(len(self._work.spec.evaluate))],
+            "compiled": self._compiled.as_dict(),
             "exact": state.exact,
             "moments": self.keeping.moments != "none",
         }

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,26 +143,6 @@ def test_every_network_distils(digits: Dataset, model: dict[str, Any]) -> None:
 def test_state_of_another_distillation_is_refused(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
     with pytest.raises(CheckpointError, match="does not fit"):
         distillation(digits, pool, spec.method).load_state(distillation(digits, pool, spec.method, ipc=2).state())
-
-
-def test_fixed_seed_gives_the_reference(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
-    """Numbers that change need a new stage version in worker/plan.py, or stored results would be taken for these.
-
-    The message of the failed assertion holds what belongs into reference.json then.
-    """
-    reference = json.loads((Path(__file__).parent / "reference.json").read_text())
-    from worker.plan import STAGE_VERSIONS
-
-    run = distillation(digits, pool, spec.method)
-    for _ in run.run():
-        pass
-    measured = {
-        "teacher": pool._trained["classifier.weight"][0].double().abs().sum().item(),
-        "distill": run.synthetic.images.double().sum((1, 2, 3)).tolist(),
-    }
-    if not all(reference["values"][name] == pytest.approx(value, rel=2e-3) for name, value in measured.items()):
-        assert reference["versions"] != STAGE_VERSIONS, f"results changed, the stage versions did not: {measured}"
-    assert reference["versions"] == STAGE_VERSIONS, f"write reference.json for these versions: {measured}"
 
 
 def test_pause_ends_a_run_after_that_step_and_costs_no_bits(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
