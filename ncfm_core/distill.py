@@ -39,7 +39,7 @@ from ncfm_core.execution import (
 from ncfm_core.frequencies import FrequencySampler, Gaussian, ScaleMixture
 from ncfm_core.pools import Extractors, TeacherPool
 from ncfm_core.progress import Progress, never
-from ncfm_core.rng import generator
+from ncfm_core.rng import generator, moved
 from ncfm_core.schedule import Schedule
 from ncfm_core.spec import NcfmSpec
 from ncfm_core.synthetic import SyntheticSet, decode, start
@@ -199,6 +199,7 @@ class Distillation:
         with record_function("draw"):
             extractors = self._pool.draw(generator(self._seed, "distill/network", index))
             augmentation = augment.draw(method.augment, generator(self._seed, "distill/augment", index))
+            augmentation = augmentation.to(images.device)
         with record_function("real_forward"):
             real_CND = self._real_features(extractors, augmentation, index)
         if method.discrepancy == "mean":
@@ -251,6 +252,7 @@ class Distillation:
         images, num_classes = self.synthetic.images, self._dataset.num_classes
         ipc = len(images) // num_classes
         calibrate = augment.draw(self._method.augment, generator(self._seed, "distill/calibrate", self.step))
+        calibrate = calibrate.to(images.device)
         gradient, losses = torch.empty_like(images), torch.zeros(2, device=images.device)
         for first in range(0, num_classes, self.execution.block):
             classes = slice(first, min(num_classes, first + self.execution.block))
@@ -300,7 +302,8 @@ class Distillation:
         device = self.synthetic.images.device
         low = self._method.precision == "bfloat16"
         features = []
-        for piece in even_chunks(chosen.flatten().to(device), self.execution.chunk):
+        chosen = moved(chosen.flatten(), self._dataset.train.index_device)
+        for piece in even_chunks(chosen, self.execution.chunk):
             images = for_inference(augmentation(self._dataset.normalise(self._dataset.take(piece))), self.execution)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                 features.append(self._features_forward(extractors.match, images).to(torch.float32))
