@@ -37,7 +37,7 @@ from ncfm_core.execution import (
     in_chunks,
 )
 from ncfm_core.frequencies import FrequencySampler, Gaussian, ScaleMixture
-from ncfm_core.pools import Extractors, TeacherPool
+from ncfm_core.pools import Extractors, TeacherPool, in_bfloat16
 from ncfm_core.progress import Progress, never
 from ncfm_core.rng import generator, moved
 from ncfm_core.schedule import Schedule
@@ -74,6 +74,7 @@ class Distillation:
         device: torch.device,
         memory_limit: int | None = None,
         compiled: bool | None = None,
+        channels_last: bool = False,
     ) -> None:
         """
         Args:
@@ -85,6 +86,7 @@ class Distillation:
             device: where to compute; the pool must be there.
             memory_limit: bytes that a step's activations may take; None for what is fast on the device.
             compiled: whether networks go through `torch.compile`; None where it pays.
+            channels_last: whether real images go through a network on a GPU in that layout; to be measured.
         """
         self._dataset, self._pool, self._method, self._seed = dataset.to(device), pool, method, seed
         self._real_batch = min(method.real_batch, min(dataset.class_counts))
@@ -115,6 +117,7 @@ class Distillation:
             compiled=compiled,
         )
         self._carry_out(execution)
+        self._channels_last = channels_last
         self.halvings = 0
         """How often the execution was halved for want of memory; the bits are then no longer those of another run."""
 
@@ -300,13 +303,19 @@ class Distillation:
         if self._method.real_sampling == "prefix":
             chosen = self._dataset.members[:, : self._real_batch]
         device = self.synthetic.images.device
-        low = self._method.precision == "bfloat16"
+        low, weights = self._method.precision == "bfloat16", extractors.match
+        # On a GPU autocast keeps every norm in float32, and converts before and after it: there the network is cast instead.
+        cast = low and device.type == "cuda"
+        if cast:
+            weights = in_bfloat16(weights)
         features = []
         chosen = moved(chosen.flatten(), self._dataset.train.index_device)
         for piece in even_chunks(chosen, self.execution.chunk):
-            images = for_inference(augmentation(self._dataset.normalise(self._dataset.take(piece))), self.execution)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                features.append(self._features_forward(extractors.match, images).to(torch.float32))
+            images = augmentation(self._dataset.normalise(self._dataset.take(piece)))
+            images = for_inference(images, self.execution, channels_last=self._channels_last)
+            images = images.to(torch.bfloat16) if cast else images
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low and not cast):
+                features.append(self._features_forward(weights, images).to(torch.float32))
         return self._by_class(torch.cat(features))
 
     def _by_class(self, features: Tensor) -> Tensor:
