@@ -33,6 +33,7 @@ from ncfm_core.execution import (
     choose,
     compiled_form,
     even_chunks,
+    fallen_back,
     for_inference,
     in_chunks,
 )
@@ -85,7 +86,8 @@ class Distillation:
             seed: of everything drawn here.
             device: where to compute; the pool must be there.
             memory_limit: bytes that a step's activations may take; None for what is fast on the device.
-            compiled: whether networks go through `torch.compile`; None where it pays.
+            compiled: whether networks go through `torch.compile`; None where it pays, and eager after all where the compiler then
+                fails at the first step.
             channels_last: whether real images go through a network on a GPU in that layout; to be measured.
         """
         self._dataset, self._pool, self._method, self._seed = dataset.to(device), pool, method, seed
@@ -117,7 +119,9 @@ class Distillation:
             compiled=compiled,
         )
         self._carry_out(execution)
-        self._channels_last = channels_last
+        self._own_choice, self._channels_last = compiled is None, channels_last
+        self.compile_error = ""
+        """Why the run is eager although it was to be compiled, in one line; empty where that is not so."""
         self.halvings = 0
         """How often the execution was halved for want of memory; the bits are then no longer those of another run."""
 
@@ -138,16 +142,15 @@ class Distillation:
         Raises:
             ResourcesError: a step does not fit the memory, even in halves.
         """
-        until = self.total if until is None else until
+        until = self.total if until is None else min(until, self.total)
         sums = torch.zeros(3, device=self.synthetic.images.device)
         counted = draws = 0
         while self.step < until:
-            if self._draw is None or self.step % self._method.reuse == 0:
-                # psi may have climbed before memory ran out: the second try climbs from where the first began.
-                undo = partial(self._sampler.load_state, self._sampler.state())
-                sums[2] += self._within_memory(self._open_draw, undo)
+            gain, losses = self._compiled_step() if self.execution.compiled else self._step()
+            if gain is not None:
+                sums[2] += gain
                 draws += 1
-            sums[:2] += self._advance()
+            sums[:2] += losses
             counted += 1
             if (paused := pause()) or self.step == until or self.step % REPORT_EVERY == 0:
                 discrepancy, calibration, gain = sums.tolist()
@@ -164,6 +167,28 @@ class Distillation:
         """Bring the images into [0, 1], as the last step does; a run that goes on from here has the same bits."""
         with torch.no_grad():
             self.synthetic.images.clamp_(0, 1)
+
+    def _step(self) -> tuple[Tensor | None, Tensor]:
+        """One update of the images: psi's gain where it opens a window, and the losses of `_advance`."""
+        gain = None
+        if self._draw is None or self.step % self._method.reuse == 0:
+            # psi may have climbed before memory ran out: the second try climbs from where the first began.
+            undo = partial(self._sampler.load_state, self._sampler.state())
+            gain = self._within_memory(self._open_draw, undo)
+        return gain, self._advance()
+
+    def _compiled_step(self) -> tuple[Tensor | None, Tensor]:
+        """The same where it is compiled; the very first one is made again, eager, if that fails and nobody asked for it."""
+        may = self._own_choice and self.step == 0
+        psi = self._sampler.state() if may else {}
+        try:
+            return self._step()
+        except Exception as error:  # noqa: BLE001 - compilers fail in many ways; what is not theirs happens again.
+            self.compile_error = fallen_back(error, may=may)
+        self._sampler.load_state(psi)
+        self._draw = None
+        self._carry_out(replace(self.execution, compiled=False))
+        return self._step()
 
     def _within_memory(self, compute: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
         """The result of a computation, which is tried once more with half as much at once if memory runs out.
@@ -353,6 +378,7 @@ class Distillation:
             self._schedule.load_state(part(state, "schedule."))
             self.step, self.halvings = int(state["step"]), int(state["halvings"])
             self._carry_out(Execution.decode(state["execution"]))
+            self._own_choice = False
         except (KeyError, RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError.of(
                 "checkpoint", None, f"does not fit this distillation: {error}", "Start afresh."

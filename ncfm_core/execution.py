@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from ncfm_core.errors import NcfmError, ResourcesError
+
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Largest activation of a chunk. A core's caches hold 8 MiB: chunks of that size run twice as fast there as large ones, whose
 activations are fetched from memory, and paged in, for every operation."""
@@ -36,6 +38,9 @@ BACKWARD_FORWARDS = 2
 COMPILED_FORMS = 128
 """Forms of one function (network, number of images, with gradients or without) that a process may compile. Dynamo's own limit of
 8 is soon reached where a process judges a set on several networks, and what goes beyond it runs eager without a word."""
+
+COMPILER = ("torch._dynamo", "torch._inductor", "triton")
+"""Modules whose errors are the compiler's."""
 
 LAYOUT_FROM = 28
 """Pixels a side from which the memory layout matters."""
@@ -161,6 +166,32 @@ def compiled_form(forward: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return run
 
 
+def fallen_back(error: Exception, *, may: bool) -> str:
+    """Why a compiled step failed, in one line, for a run that goes on eager.
+
+    Args:
+        error: what the step ended with.
+        may: whether the run may: compiling was the engine's own choice, and no step is made yet, so that no bit depends on it.
+
+    Raises:
+        ResourcesError: it may not, and the compiler is to blame.
+        Exception: the error itself in all other cases.
+    """
+    told = str(error).strip()
+    line = f"{type(error).__name__}: {told.splitlines()[0]}" if told else type(error).__name__
+    if may and not isinstance(error, NcfmError):
+        return line
+    if any(kind.__module__.startswith(COMPILER) for kind in type(error).__mro__):
+        raise ResourcesError.of(
+            "torch.compile",
+            None,
+            f"failed ({line})",
+            "A run that was asked to compile, or that goes on from a compiled one, cannot go on eager: "
+            "mend the compiler here, or start afresh and leave the choice to the engine (or ask for eager).",
+        ) from error
+    raise error
+
+
 def probe(
     features: Forward, weights: dict[str, Tensor], image_shape: tuple[int, int, int], device: torch.device
 ) -> tuple[int, int, float]:
@@ -195,7 +226,10 @@ def in_chunks(forward: Forward, weights: dict[str, Tensor], images: Tensor, exec
     """
     pieces = even_chunks(images, execution.chunk)
     if execution.recompute and torch.is_grad_enabled():
-        outputs = [checkpoint(forward, weights, piece, use_reentrant=False) for piece in pieces]
+        # Nothing is drawn in a forward pass, so no generator's state has to be put aside, which a GPU would be waited for.
+        outputs = [
+            checkpoint(forward, weights, piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
+        ]
     else:
         outputs = [forward(weights, piece) for piece in pieces]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

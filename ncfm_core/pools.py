@@ -72,6 +72,11 @@ class TeacherTraining:
         return self._training.compiled
 
     @property
+    def compile_error(self) -> str:
+        """Why it is eager although it was to be compiled, in one line; empty where that is not so."""
+        return self._training.compile_error
+
+    @property
     def total(self) -> int:
         return self._training.total
 
