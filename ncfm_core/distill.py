@@ -133,7 +133,9 @@ class Distillation:
             features, logits = compiled_form(features), compiled_form(logits)
         self._features_forward, self._logits_forward = features, logits
 
-    def run(self, until: int | None = None, *, pause: Callable[[], bool] = never) -> Iterator[Progress]:
+    def run(
+        self, until: int | None = None, *, pause: Callable[[], bool] = never, report_every: int = REPORT_EVERY
+    ) -> Iterator[Progress]:
         """Update the images from `step` to `until` (all of it by default), or to the first step after which `pause` says so.
 
         The metrics of a report are means since the last one: `discrepancy` (class mean of the gap), `calibration`
@@ -152,7 +154,7 @@ class Distillation:
                 draws += 1
             sums[:2] += losses
             counted += 1
-            if (paused := pause()) or self.step == until or self.step % REPORT_EVERY == 0:
+            if (paused := pause()) or self.step == until or self.step % report_every == 0:
                 discrepancy, calibration, gain = sums.tolist()
                 metrics = {"discrepancy": discrepancy / counted, "calibration": calibration / counted}
                 metrics |= {"psi_gain": gain / draws} if draws else {}
