@@ -54,6 +54,12 @@ def distillation(digits: Dataset, pool: TeacherPool, spec: JobSpec, *, compiled:
     return Distillation(digits, pool, spec.method, ipc=1, seed=0, device=CPU, compiled=compiled)
 
 
+def told(run: Distillation | TeacherTraining) -> tuple[bool, str]:
+    """Whether it is compiled, and why not although it was to be."""
+    compiled = run.execution.compiled if isinstance(run, Distillation) else run.compiled
+    return compiled, run.compile_error
+
+
 # One forward for the real images, one for psi, one to match, one to calibrate: the compiler may fail at each of them.
 @pytest.mark.usefixtures("pays")
 @pytest.mark.parametrize("good", [0, 1, 2, 3])
@@ -63,12 +69,13 @@ def test_distillation_whose_first_step_cannot_be_compiled_is_the_eager_one(
     broken = Broken(good)
     monkeypatch.setattr(distill, "compiled_form", broken)
     run, eager = distillation(digits, pool, spec), distillation(digits, pool, spec, compiled=False)
-    assert run.execution.compiled and not run.compile_error
+    assert told(run) == (True, "")
     for each in (run, eager):
         each._carry_out(replace(each.execution, chunk=1000, block=10))
         list(each.run(until=7))
     assert broken.failed == 1
-    assert not run.execution.compiled and run.compile_error.startswith(FIRST_LINE) and "\n" not in run.compile_error
+    compiled, why = told(run)
+    assert not compiled and why.startswith(FIRST_LINE) and "\n" not in why
     for name, tensor in eager.state().items():
         assert torch.equal(tensor, run.state()[name]), name
 
@@ -92,7 +99,7 @@ def test_distillation_that_was_asked_to_compile_or_goes_on_compiled_tells_the_wa
             run.load_state(begun)
         with pytest.raises(ResourcesError, match=r"torch\.compile: failed \(CppCompileError.*leave the choice"):
             list(run.run(until=3))
-        assert run.execution.compiled and not run.compile_error
+        assert told(run) == (True, "")
 
 
 @pytest.mark.usefixtures("pays")
@@ -105,7 +112,9 @@ def test_error_that_is_not_the_compilers_comes_again_from_the_eager_step(
     with pytest.raises(ValueError, match="shapes do not fit"):
         list(asked.run(until=1))
     run = distillation(digits, pool, spec)
-    monkeypatch.setattr(run, "_carry_out", lambda _: setattr(run, "_features_forward", Broken(error=wrong)(len)))
+    monkeypatch.setattr(
+        run, "_carry_out", lambda _: setattr(run, "_features_forward", Broken(error=wrong)(pool.features))
+    )
     with pytest.raises(ValueError, match="shapes do not fit"):
         list(run.run(until=1))
 
@@ -122,10 +131,11 @@ def test_teacher_whose_first_step_cannot_be_compiled_is_the_eager_one(
     broken = Broken()
     monkeypatch.setattr(training, "compiled_form", broken)
     run, eager = teacher(digits, spec), teacher(digits, spec, compiled=False)
-    assert run.compiled
+    assert told(run) == (True, "")
     for each in (run, eager):
         list(each.run())
-    assert broken.failed == 1 and not run.compiled and run.compile_error.startswith(FIRST_LINE)
+    compiled, why = told(run)
+    assert broken.failed == 1 and not compiled and why.startswith(FIRST_LINE)
     for name, tensor in eager.state().items():
         assert torch.equal(tensor, run.state()[name]), name
 

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class MadeUpGpu(TorchDispatchMode):
 
     @staticmethod
     def _note(notes: list[str], what: str) -> None:
-        ours = [frame for frame in traceback.extract_stack() if f"{Path('ncfm_core')}/" in frame.filename]
+        ours = [frame for frame in traceback.extract_stack() if "/ncfm_core/" in frame.filename]
         line = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "the test"
         notes.append(f"{line} {what}")
 
@@ -111,6 +112,7 @@ def made_up_gpu() -> Iterator[Asked]:
         yield gpu.asked
 
 
+@cache
 def works() -> str:
     """Why there can be no made-up GPU with this PyTorch; empty where there can."""
     try:
