@@ -2,25 +2,30 @@
 
 Nothing is drawn while an augmentation is applied, so the same one can be laid over real and synthetic images (siamese), now and
 again later (reuse). Images are normalised, of shape (N, channels, H, W); the zero that fills borders is the mean colour.
-Parameters are uniform numbers u in [0, 1) of shape (n, k), where n is 1 (shared by the batch) or N (each image its own).
+Parameters are uniform numbers u in [0, 1) of shape (n, k), where n is 1 (shared by the batch) or N (each image its own). They are
+drawn on the CPU. A shared flip or crop is decided there; all other parameters are read on the images' device, where
+`Augmentation.to` brings them in one copy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ncfm_core.rng import moved, moved_together
 from ncfm_core.spec import AugmentSpec
 
 CROP_RATIO = 0.125
 CUTOUT_RATIO = 0.5
 SCALE_RATIO = 1.2
 ROTATE_DEGREES = 15.0
+DECIDED = ("flip", "crop")
+"""Operations that the host decides where the batch shares their parameters: to ask a GPU for those would be to wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +37,25 @@ class Augmentation:
     def __call__(self, images: Tensor) -> Tensor:
         """Augmented images of the same shape; differentiable in the images."""
         for name, parameters in self.operations:
-            images = OPERATIONS[name](images, parameters.to(images.device))
+            images = OPERATIONS[name](images, _at(name, parameters, images.device))
         return images
+
+    def to(self, device: torch.device) -> Augmentation:
+        """The same with its parameters on a device, in one copy that nothing waits for; for images there."""
+        return self.replaced(iter(moved_together(self.tensors(), device)))
+
+    def tensors(self) -> list[Tensor]:
+        """The parameters that belong where the images are."""
+        return [parameters for name, parameters in self.operations if not _decided(name, parameters)]
+
+    def replaced(self, tensors: Iterator[Tensor]) -> Augmentation:
+        """The same with others in the place of `tensors()`."""
+        return Augmentation(
+            tuple(
+                (name, parameters if _decided(name, parameters) else next(tensors))
+                for name, parameters in self.operations
+            )
+        )
 
 
 def draw(spec: AugmentSpec, draw_from: torch.Generator, num: int = 1) -> Augmentation:
@@ -74,13 +96,25 @@ def each(augmentations: Sequence[Augmentation], images: Tensor) -> Tensor:
             groups.setdefault(name, []).append(index)
         parts: list[Tensor] = [images] * len(operations)
         for name, members in groups.items():
-            parameters = torch.cat([operations[index][1] for index in members]).to(images.device)
-            chosen = images if len(members) == len(operations) else images[members]
+            parameters = torch.cat([operations[index][1] for index in members])
+            # Stacked, as a list for an index would be copied to a GPU first.
+            chosen = images if len(members) == len(operations) else torch.stack([images[index] for index in members])
+            parameters = _at(name, parameters, images.device)
             changed = OPERATIONS[name](chosen.flatten(0, 1), parameters).view(chosen.shape)
             for index, batch in zip(members, changed, strict=True):
                 parts[index] = batch
         images = changed if len(groups) == 1 else torch.stack(parts)
     return images
+
+
+def _decided(name: str, parameters: Tensor) -> bool:
+    """Whether the host decides an operation."""
+    return name in DECIDED and len(parameters) == 1
+
+
+def _at(name: str, parameters: Tensor, device: torch.device) -> Tensor:
+    """Parameters where their operation reads them."""
+    return parameters if _decided(name, parameters) else moved(parameters, device)
 
 
 def _column(parameters: Tensor, index: int) -> Tensor:
@@ -177,7 +211,7 @@ class Mix:
         """The images with their boxes pasted in."""
         rows, columns = self.box
         mixed = images.clone()
-        mixed[:, :, rows, columns] = images[self.order.to(images.device), :, rows, columns]
+        mixed[:, :, rows, columns] = images[moved(self.order, images.device), :, rows, columns]
         return mixed
 
 

@@ -6,7 +6,7 @@ All of it is drawn from (seed, stream, step) alone: networks see the same whethe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +16,27 @@ from ncfm_core import augment
 from ncfm_core.augment import Augmentation, Mix
 from ncfm_core.datasets import Dataset, Images
 from ncfm_core.errors import SpecError
-from ncfm_core.rng import generator
+from ncfm_core.rng import generator, moved_together
 from ncfm_core.spec import TrainingSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one network draws for one step."""
+    """What one network draws for one step, on the CPU."""
 
     chosen: Tensor
-    """int64 of shape (n,), on the images' device."""
+    """int64 of shape (n,)."""
     augmentation: Augmentation
     mix: Mix | None
+
+    def tensors(self) -> list[Tensor]:
+        """What belongs where the images are."""
+        return [self.chosen, *self.augmentation.tensors(), *([] if self.mix is None else [self.mix.order])]
+
+    def replaced(self, tensors: Iterator[Tensor]) -> Draw:
+        """The same with others in the place of `tensors()`."""
+        chosen, augmentation = next(tensors), self.augmentation.replaced(tensors)
+        return Draw(chosen, augmentation, None if self.mix is None else replace(self.mix, order=next(tensors)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +110,9 @@ class Batches:
         return self._images[:1] if self._normalised else self._dataset.normalise(self._images[:1])
 
     def orders(self, epoch: int, *, seed: int, streams: Sequence[str]) -> Tensor:
-        """In which the images come in an epoch, for each stream: int64 of shape (k, N)."""
+        """In which the images come in an epoch, for each stream: int64 of shape (k, N), on the CPU."""
         draws = [generator(seed, f"{stream}/order", epoch) for stream in streams]
-        return torch.stack([torch.randperm(len(self._labels), generator=draw) for draw in draws]).to(self.device)
+        return torch.stack([torch.randperm(len(self._labels), generator=draw) for draw in draws])
 
     def draw(self, order: Tensor, step: int, *, seed: int, stream: str) -> Draw:
         """The draw of a step, given the order of its epoch."""
@@ -117,31 +126,35 @@ class Batches:
 
     def batch(self, draw: Draw) -> Batch:
         """The batch of one network."""
-        images, labels = self._images[draw.chosen], self._labels[draw.chosen]
-        if not self._normalised:
-            images = self._dataset.normalise(images)
-        images = draw.augmentation(images)
-        if draw.mix is None:
+        there = draw.replaced(iter(moved_together(draw.tensors(), self.device)))
+        images, labels = self._taken(draw.chosen, there.chosen), self._labels[there.chosen]
+        images = there.augmentation(images)
+        if there.mix is None:
             return Batch(images, labels, None, 1.0)
-        return Batch(draw.mix(images), labels, labels[draw.mix.order.to(labels.device)], draw.mix.share)
+        return Batch(there.mix(images), labels, labels[there.mix.order], there.mix.share)
 
     def stacked(self, draws: Sequence[Draw]) -> Batch:
         """The batches of k networks, for every tensor a leading axis of k."""
         chosen = torch.stack([draw.chosen for draw in draws])
-        images, labels = self._images[chosen.flatten()], self._labels[chosen]
-        if not self._normalised:
-            images = self._dataset.normalise(images)
+        share = torch.tensor([draw.mix.share if draw.mix else 1.0 for draw in draws])
+        tensors = iter(moved_together([share, *(each for draw in draws for each in draw.tensors())], self.device))
+        share, there = next(tensors), [draw.replaced(tensors) for draw in draws]
+        chosen_there = torch.stack([draw.chosen for draw in there])
+        images, labels = self._taken(chosen.flatten(), chosen_there.flatten()), self._labels[chosen_there]
         images = images.unflatten(0, chosen.shape)
-        images = augment.each([draw.augmentation for draw in draws], images)
-        mixes = [draw.mix for draw in draws]
+        images = augment.each([draw.augmentation for draw in there], images)
+        mixes = [draw.mix for draw in there]
         if not any(mixes):
             return Batch(images, labels, None, 1.0)
         mixed = torch.stack([mix(batch) if mix else batch for mix, batch in zip(mixes, images, strict=True)])
-        others = torch.stack(
-            [each[mix.order.to(each.device)] if mix else each for mix, each in zip(mixes, labels, strict=True)]
-        )
-        share = torch.tensor([mix.share if mix else 1.0 for mix in mixes]).to(images.device)
+        others = torch.stack([each[mix.order] if mix else each for mix, each in zip(mixes, labels, strict=True)])
         return Batch(mixed, labels, others, share)
+
+    def _taken(self, chosen: Tensor, there: Tensor) -> Tensor:
+        """Normalised images by index, given on the CPU, which reads a file, and on the device."""
+        in_file = isinstance(self._images, Images) and self._images.mapped
+        images = self._images[chosen if in_file else there]
+        return images if self._normalised else self._dataset.normalise(images)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Mean loss of a batch: a scalar, or of shape (k,) where k networks are trained at once.

@@ -77,11 +77,12 @@ def herding(features: Tensor, count: int) -> Tensor:
     lengths = features.square().sum(dim=1)
     for k in range(1, count + 1):
         distance = lengths - 2 * (features @ (k * mean - total))
-        best = distance.masked_fill(~left, torch.inf).argmin()
+        # Of shape (1,): an index without one would be read on the host, which waits for the device.
+        best = distance.masked_fill(~left, torch.inf).argmin().view(1)
         chosen.append(best)
-        left[best] = False
-        total = total + features[best]
-    return torch.stack(chosen)
+        left.index_fill_(0, best, False)
+        total = total + features[best].view(-1)
+    return torch.cat(chosen)
 
 
 def k_center(features: Tensor, count: int) -> Tensor:
@@ -94,16 +95,17 @@ def k_center(features: Tensor, count: int) -> Tensor:
     Returns:
         int64 of shape (count,), in the order of the choice; ties go to the lowest index.
     """
-    best = (features - features.mean(dim=0)).square().sum(dim=1).argmin()
+    # Indices of shape (1,): without one they would be read on the host, which waits for the device.
+    best = (features - features.mean(dim=0)).square().sum(dim=1).argmin().view(1)
     chosen = [best]
     nearest = torch.full_like(features[:, 0], torch.inf)
     for _ in range(1, count):
         nearest = torch.minimum(nearest, (features - features[best]).square().sum(dim=1))
         # Chosen ones stay out even where several images have the same features.
-        nearest[best] = -1.0
-        best = nearest.argmax()
+        nearest.index_fill_(0, best, -1.0)
+        best = nearest.argmax().view(1)
         chosen.append(best)
-    return torch.stack(chosen)
+    return torch.cat(chosen)
 
 
 def _check(dataset: Dataset, ipc: int) -> None:

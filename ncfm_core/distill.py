@@ -33,13 +33,14 @@ from ncfm_core.execution import (
     choose,
     compiled_form,
     even_chunks,
+    fallen_back,
     for_inference,
     in_chunks,
 )
 from ncfm_core.frequencies import FrequencySampler, Gaussian, ScaleMixture
-from ncfm_core.pools import Extractors, TeacherPool
+from ncfm_core.pools import Extractors, TeacherPool, in_bfloat16
 from ncfm_core.progress import Progress, never
-from ncfm_core.rng import generator
+from ncfm_core.rng import generator, moved
 from ncfm_core.schedule import Schedule
 from ncfm_core.spec import NcfmSpec
 from ncfm_core.synthetic import SyntheticSet, decode, start
@@ -75,6 +76,7 @@ class Distillation:
         memory_limit: int | None = None,
         compiled: bool | None = None,
         seconds: float | None = None,
+        channels_last: bool = False,
     ) -> None:
         """
         Args:
@@ -85,9 +87,11 @@ class Distillation:
             seed: of everything drawn here.
             device: where to compute; the pool must be there.
             memory_limit: bytes that a step's activations may take; None for what is fast on the device.
-            compiled: whether networks go through `torch.compile`; None where it pays.
+            compiled: whether networks go through `torch.compile`; None where it pays, and eager after all where the compiler then
+                fails at the first step.
             seconds: that are left for the steps, for that choice: what does not fit them will not pay it back. None for as many
                 as they take. It ends nothing.
+            channels_last: whether real images go through a network on a GPU in that layout; to be measured.
         """
         self._dataset, self._pool, self._method, self._seed = dataset.to(device), pool, method, seed
         self._real_batch = min(method.real_batch, min(dataset.class_counts))
@@ -119,6 +123,9 @@ class Distillation:
             seconds=seconds,
         )
         self._carry_out(execution)
+        self._own_choice, self._channels_last = compiled is None, channels_last
+        self.compile_error = ""
+        """Why the run is eager although it was to be compiled, in one line; empty where that is not so."""
         self.halvings = 0
         """How often the execution was halved for want of memory; the bits are then no longer those of another run."""
 
@@ -130,7 +137,9 @@ class Distillation:
             features, logits = compiled_form(features), compiled_form(logits)
         self._features_forward, self._logits_forward = features, logits
 
-    def run(self, until: int | None = None, *, pause: Callable[[], bool] = never) -> Iterator[Progress]:
+    def run(
+        self, until: int | None = None, *, pause: Callable[[], bool] = never, report_every: int = REPORT_EVERY
+    ) -> Iterator[Progress]:
         """Update the images from `step` to `until` (all of it by default), or to the first step after which `pause` says so.
 
         The metrics of a report are means since the last one: `discrepancy` (class mean of the gap), `calibration`
@@ -139,18 +148,17 @@ class Distillation:
         Raises:
             ResourcesError: a step does not fit the memory, even in halves.
         """
-        until = self.total if until is None else until
+        until = self.total if until is None else min(until, self.total)
         sums = torch.zeros(3, device=self.synthetic.images.device)
         counted = draws = 0
         while self.step < until:
-            if self._draw is None or self.step % self._method.reuse == 0:
-                # psi may have climbed before memory ran out: the second try climbs from where the first began.
-                undo = partial(self._sampler.load_state, self._sampler.state())
-                sums[2] += self._within_memory(self._open_draw, undo)
+            gain, losses = self._compiled_step() if self.execution.compiled else self._step()
+            if gain is not None:
+                sums[2] += gain
                 draws += 1
-            sums[:2] += self._advance()
+            sums[:2] += losses
             counted += 1
-            if (paused := pause()) or self.step == until or self.step % REPORT_EVERY == 0:
+            if (paused := pause()) or self.step == until or self.step % report_every == 0:
                 discrepancy, calibration, gain = sums.tolist()
                 metrics = {"discrepancy": discrepancy / counted, "calibration": calibration / counted}
                 metrics |= {"psi_gain": gain / draws} if draws else {}
@@ -165,6 +173,28 @@ class Distillation:
         """Bring the images into [0, 1], as the last step does; a run that goes on from here has the same bits."""
         with torch.no_grad():
             self.synthetic.images.clamp_(0, 1)
+
+    def _step(self) -> tuple[Tensor | None, Tensor]:
+        """One update of the images: psi's gain where it opens a window, and the losses of `_advance`."""
+        gain = None
+        if self._draw is None or self.step % self._method.reuse == 0:
+            # psi may have climbed before memory ran out: the second try climbs from where the first began.
+            undo = partial(self._sampler.load_state, self._sampler.state())
+            gain = self._within_memory(self._open_draw, undo)
+        return gain, self._advance()
+
+    def _compiled_step(self) -> tuple[Tensor | None, Tensor]:
+        """The same where it is compiled; the very first one is made again, eager, if that fails and nobody asked for it."""
+        may = self._own_choice and self.step == 0
+        psi = self._sampler.state() if may else {}
+        try:
+            return self._step()
+        except Exception as error:  # noqa: BLE001 - compilers fail in many ways; what is not theirs happens again.
+            self.compile_error = fallen_back(error, may=may)
+        self._sampler.load_state(psi)
+        self._draw = None
+        self._carry_out(replace(self.execution, compiled=False))
+        return self._step()
 
     def _within_memory(self, compute: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
         """The result of a computation, which is tried once more with half as much at once if memory runs out.
@@ -203,6 +233,7 @@ class Distillation:
         with record_function("draw"):
             extractors = self._pool.draw(generator(self._seed, "distill/network", index))
             augmentation = augment.draw(method.augment, generator(self._seed, "distill/augment", index))
+            augmentation = augmentation.to(images.device)
         with record_function("real_forward"):
             real_CND = self._real_features(extractors, augmentation, index)
         if method.discrepancy == "mean":
@@ -255,6 +286,7 @@ class Distillation:
         images, num_classes = self.synthetic.images, self._dataset.num_classes
         ipc = len(images) // num_classes
         calibrate = augment.draw(self._method.augment, generator(self._seed, "distill/calibrate", self.step))
+        calibrate = calibrate.to(images.device)
         gradient, losses = torch.empty_like(images), torch.zeros(2, device=images.device)
         for first in range(0, num_classes, self.execution.block):
             classes = slice(first, min(num_classes, first + self.execution.block))
@@ -302,12 +334,19 @@ class Distillation:
         if self._method.real_sampling == "prefix":
             chosen = self._dataset.members[:, : self._real_batch]
         device = self.synthetic.images.device
-        low = self._method.precision == "bfloat16"
+        low, weights = self._method.precision == "bfloat16", extractors.match
+        # On a GPU autocast keeps every norm in float32, and converts before and after it: there the network is cast instead.
+        cast = low and device.type == "cuda"
+        if cast:
+            weights = in_bfloat16(weights)
         features = []
-        for piece in even_chunks(chosen.flatten().to(device), self.execution.chunk):
-            images = for_inference(augmentation(self._dataset.normalise(self._dataset.take(piece))), self.execution)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                features.append(self._features_forward(extractors.match, images).to(torch.float32))
+        chosen = moved(chosen.flatten(), self._dataset.train.index_device)
+        for piece in even_chunks(chosen, self.execution.chunk):
+            images = augmentation(self._dataset.normalise(self._dataset.take(piece)))
+            images = for_inference(images, self.execution, channels_last=self._channels_last)
+            images = images.to(torch.bfloat16) if cast else images
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low and not cast):
+                features.append(self._features_forward(weights, images).to(torch.float32))
         return self._by_class(torch.cat(features))
 
     def _by_class(self, features: Tensor) -> Tensor:
@@ -345,6 +384,7 @@ class Distillation:
             self._schedule.load_state(part(state, "schedule."))
             self.step, self.halvings = int(state["step"]), int(state["halvings"])
             self._carry_out(Execution.decode(state["execution"]))
+            self._own_choice = False
         except (KeyError, RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError.of(
                 "checkpoint", None, f"does not fit this distillation: {error}", "Start afresh."

@@ -29,6 +29,8 @@ class Evaluation:
     """The best look at the test set along the way: optimistic, kept apart."""
     compiled: bool
     """Whether the students went through `torch.compile`."""
+    compile_error: str = ""
+    """Why they did not although they were to, in one line; empty where that is not so."""
 
 
 def evaluate(
@@ -62,7 +64,8 @@ def evaluate(
         targets: teacher logits of the images, float32 of shape (N, classes); for losses that compare with them.
         at_once: students in one step; None for what is fast here (`cohort.students_at_once`).
         first: index of the first of them, so that a seed's students can be trained in several calls.
-        compiled: whether students that are trained one by one go through `torch.compile`; None where it pays for all of them.
+        compiled: whether students that are trained one by one go through `torch.compile`; None where it pays for all of them, and
+            eager after all where the compiler then fails at a first step.
 
     Yields:
         Progress after every student, with its accuracy.
@@ -78,6 +81,7 @@ def evaluate(
     batches = Batches(images, labels, dataset, spec=training, targets=targets)
     fresh = _student(first, model, dataset, seed)
     at_once = students_at_once(fresh, batches) if at_once is None else at_once
+    may_fall_back, compile_error = compiled is None, ""
     compiled = at_once == 1 and to_compile(fresh, batches, compiled, trainings=students)
     alone = partial(
         Training,
@@ -87,14 +91,14 @@ def evaluate(
         spec=training,
         seed=seed,
         targets=targets,
-        compiled=compiled,
+        may_fall_back=may_fall_back,
     )
     while len(last) < students:
         members = range(first + len(last), first + min(len(last) + at_once, students))
         networks = [_student(index, model, dataset, seed) for index in members]
         streams = [f"student/{index}" for index in members]
         if len(networks) == 1:
-            run = alone(networks[0], stream=streams[0])
+            run = alone(networks[0], stream=streams[0], compiled=compiled)
             looks = _look_alone(run, dataset, tests)
         else:
             looks = _look_together(Cohort(networks, batches, seed=seed, streams=streams), len(members), dataset, tests)
@@ -102,7 +106,10 @@ def evaluate(
             last.append(accuracies[-1])
             best.append(max(accuracies))
             yield Progress(len(last), students, "student", {"accuracy": last[-1], "best_accuracy": best[-1]})
-    return Evaluation(tuple(last), tuple(best), compiled)
+        if len(networks) == 1 and run.compile_error:
+            # Those after it need not fail first.
+            compiled, compile_error = False, run.compile_error
+    return Evaluation(tuple(last), tuple(best), compiled, compile_error)
 
 
 def choose_rate(

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ncfm_core.cost import CPU_RATE, GPU_RATE
+from ncfm_core.errors import NcfmError, ResourcesError
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Largest activation of a chunk. A core's caches hold 8 MiB: chunks of that size run twice as fast there as large ones, whose
@@ -42,6 +43,9 @@ BACKWARD_FORWARDS = 2
 COMPILED_FORMS = 128
 """Forms of one function (network, number of images, with gradients or without) that a process may compile. Dynamo's own limit of
 8 is soon reached where a process judges a set on several networks, and what goes beyond it runs eager without a word."""
+
+COMPILER = ("torch._dynamo", "torch._inductor", "triton")
+"""Modules whose errors are the compiler's."""
 
 LAYOUT_FROM = 28
 """Pixels a side from which the memory layout matters."""
@@ -181,6 +185,32 @@ def compiled_form(forward: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return run
 
 
+def fallen_back(error: Exception, *, may: bool) -> str:
+    """Why a compiled step failed, in one line, for a run that goes on eager.
+
+    Args:
+        error: what the step ended with.
+        may: whether the run may: compiling was the engine's own choice, and no step is made yet, so that no bit depends on it.
+
+    Raises:
+        ResourcesError: it may not, and the compiler is to blame.
+        Exception: the error itself in all other cases.
+    """
+    told = str(error).strip()
+    line = f"{type(error).__name__}: {told.splitlines()[0]}" if told else type(error).__name__
+    if may and not isinstance(error, NcfmError):
+        return line
+    if any(kind.__module__.startswith(COMPILER) for kind in type(error).__mro__):
+        raise ResourcesError.of(
+            "torch.compile",
+            None,
+            f"failed ({line})",
+            "A run that was asked to compile, or that goes on from a compiled one, cannot go on eager: "
+            "mend the compiler here, or start afresh and leave the choice to the engine (or ask for eager).",
+        ) from error
+    raise error
+
+
 def probe(
     features: Forward, weights: dict[str, Tensor], image_shape: tuple[int, int, int], device: torch.device
 ) -> tuple[int, int, float]:
@@ -215,7 +245,10 @@ def in_chunks(forward: Forward, weights: dict[str, Tensor], images: Tensor, exec
     """
     pieces = even_chunks(images, execution.chunk)
     if execution.recompute and torch.is_grad_enabled():
-        outputs = [checkpoint(forward, weights, piece, use_reentrant=False) for piece in pieces]
+        # Nothing is drawn in a forward pass, so no generator's state has to be put aside, which a GPU would be waited for.
+        outputs = [
+            checkpoint(forward, weights, piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces
+        ]
     else:
         outputs = [forward(weights, piece) for piece in pieces]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -233,12 +266,19 @@ def even_chunks(images: Tensor, chunk: int) -> tuple[Tensor, ...]:
     return torch.split(images, exact or math.ceil(number / math.ceil(number / chunk)))
 
 
-def for_inference(images: Tensor, execution: Execution) -> Tensor:
+def for_inference(images: Tensor, execution: Execution, *, channels_last: bool = False) -> Tensor:
     """The images in the memory layout that is fastest where no gradient is asked for.
 
     Channels last takes a third off an uncompiled ConvNet on the CPU; small or grey images, and compiled networks, gain nothing.
+
+    Args:
+        images: shape (N, channels, H, W).
+        execution: compiled or not.
+        channels_last: whether a GPU gets it too, where it is not measured yet.
     """
     _, channels, height, _ = images.shape
-    if execution.compiled or images.is_cuda or channels < 3 or height < LAYOUT_FROM:
+    if images.is_cuda:
+        return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+    if execution.compiled or channels < 3 or height < LAYOUT_FROM:
         return images
     return images.contiguous(memory_format=torch.channels_last)

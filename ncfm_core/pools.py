@@ -75,6 +75,11 @@ class TeacherTraining:
         return self._training.compiled
 
     @property
+    def compile_error(self) -> str:
+        """Why it is eager although it was to be compiled, in one line; empty where that is not so."""
+        return self._training.compile_error
+
+    @property
     def total(self) -> int:
         return self._training.total
 
@@ -182,9 +187,12 @@ class TeacherPool:
 
         Args:
             weights: of one network of this pool.
-            images: normalised, shape (N, channels, H, W).
+            images: normalised, shape (N, channels, H, W); in bfloat16 if the weights are (`in_bfloat16`).
         """
         features: Tensor = torch.func.functional_call(self.network, weights, (images,), {"features_only": True})
+        # The network computes in bfloat16 then; lengths are taken in float32.
+        if images.dtype == torch.bfloat16:
+            features = features.to(torch.float32)
         return torch.nn.functional.normalize(features, dim=1)
 
     def logits(self, weights: Weights, images: Tensor) -> Tensor:
@@ -207,6 +215,13 @@ class TeacherPool:
             each = [self.logits(self.trained(index), piece).log_softmax(1) for index in range(self.count)]
             pieces.append(torch.stack(each).logsumexp(0) - math.log(self.count))
         return torch.cat(pieces)
+
+
+def in_bfloat16(weights: Weights) -> Weights:
+    """The weights of a network that takes images in bfloat16."""
+    return {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor for name, tensor in weights.items()
+    }
 
 
 def _freeze(network: Network) -> None:

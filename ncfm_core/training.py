@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ncfm_core.batches import Batches
 from ncfm_core.datasets import Dataset, Images
 from ncfm_core.errors import CheckpointError
-from ncfm_core.execution import BACKWARD_FORWARDS, compiled_form, compiling_pays, probe
+from ncfm_core.execution import BACKWARD_FORWARDS, compiled_form, compiling_pays, fallen_back, probe
 from ncfm_core.models.probing import largest_map, separable
 from ncfm_core.progress import Progress, never
 from ncfm_core.spec import TrainingSpec
@@ -47,6 +47,7 @@ class Training:
         targets: Tensor | None = None,
         compiled: bool | None = None,
         seconds: float | None = None,
+        may_fall_back: bool | None = None,
     ) -> None:
         """
         Args:
@@ -60,6 +61,7 @@ class Training:
             targets: teacher logits, float32 of shape (N, classes); for losses that compare with them.
             compiled: whether the network goes through `torch.compile`, if it is one that may; None where it pays.
             seconds: that are left for it, for that choice; None for as many as it takes.
+            may_fall_back: whether it is eager after all where the compiler fails at the first step; None if `compiled` is.
 
         Raises:
             SpecError: the loss needs targets and there are none.
@@ -71,6 +73,9 @@ class Training:
         self._chunk = images_at_a_time(model, self._batches)
         self.compiled = to_compile(model, self._batches, compiled, seconds=seconds)
         """Whether the network goes through `torch.compile`."""
+        self._may_fall_back = compiled is None if may_fall_back is None else may_fall_back
+        self.compile_error = ""
+        """Why the network is eager although it was to be compiled, in one line; empty where that is not so."""
         self._forward: Callable[[Tensor], Tensor] | None = None
         self.step = 0
         self.optimizer = make_optimizer(model.parameters(), spec)
@@ -78,11 +83,11 @@ class Training:
 
     def run(self, until: int | None = None, *, pause: Callable[[], bool] = never) -> Iterator[Progress]:
         """Train from `step` to `until` (all of it by default), or to the first step after which `pause` says so."""
-        until = self.total if until is None else until
+        until = self.total if until is None else min(until, self.total)
         recent = torch.zeros((), device=self._batches.device)
         counted = 0
         while self.step < until:
-            recent += self._advance()
+            recent += self._compiled_step() if self.compiled else self._advance()
             counted += 1
             if (paused := pause()) or self.step == until or self.step % REPORT_EVERY == 0:
                 yield Progress(self.step, self.total, "step", {"loss": recent.item() / counted})
@@ -90,6 +95,15 @@ class Training:
                 counted = 0
             if paused:
                 return
+
+    def _compiled_step(self) -> Tensor:
+        """One step where it is compiled; the very first one is made again, eager, if that fails and nobody asked for it."""
+        try:
+            return self._advance()
+        except Exception as error:  # noqa: BLE001 - compilers fail in many ways; what is not theirs happens again.
+            self.compile_error = fallen_back(error, may=self._may_fall_back and self.step == 0)
+        self.compiled, self._forward = False, None
+        return self._advance()
 
     def _advance(self) -> Tensor:
         """One optimiser step; its loss, detached, on the device."""
@@ -129,6 +143,7 @@ class Training:
             self.model.load_state_dict(part(state, "model."))
             load_optimizer_state(self.optimizer, part(state, "optimizer."))
             self.step, self.compiled = int(state["step"]), bool(state.get("compiled", False))
+            self._may_fall_back = False
         except (KeyError, RuntimeError, IndexError) as error:
             raise CheckpointError.of(
                 "checkpoint", None, f"does not fit this training: {error}", "Start afresh."

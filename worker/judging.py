@@ -86,7 +86,8 @@ def judge(
 def commit(building: Building, students: Generator[Progress, None, Evaluation], figures: dict[str, JsonValue]) -> Stage:
     """Run students to their end and commit what they found."""
     found = yield from follow(students, building.history)
-    yield Notice(f"the students were trained {'compiled' if found.compiled else 'eager'}")
+    failed = f": compiling failed ({found.compile_error})" if found.compile_error else ""
+    yield Notice(f"the students were trained {'compiled' if found.compiled else 'eager'}{failed}")
     return (yield from building.commit({}, {"accuracy": accuracy_of(found).model_dump(mode="json"), **figures}))
 
 

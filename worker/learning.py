@@ -69,8 +69,12 @@ def teacher(
         yield Notice(f"teacher {index} goes on from {saved}")
         yield Progress(task.step, task.total, "step")
     yield Notice(f"teacher {index} is trained {f'compiled: {AT_FIRST}' if task.compiled else 'eager'}")
+    told = ""
     while task.step < task.total and not asked():
         for progress in task.run(until=min(task.total, checkpoints.next_step), pause=lambda: asked() is not None):
+            if task.compile_error != told:
+                told = task.compile_error
+                yield Notice(f"teacher {index} is trained eager after all: compiling failed ({told})")
             building.history.add(progress)
             if task.step < task.total and checkpoints.due(task.step):
                 yield from checkpoints.keep(task.step, task.state(), building.history)
@@ -154,6 +158,7 @@ class _Run:
         self.checkpoints = checkpoints
         self._task, self._building = task, building
         self._pictures: tuple[Picture, ...] = ()
+        self._told = ""
 
     def go_on(self) -> Events:
         """From the newest checkpoint, if there is one."""
@@ -184,6 +189,9 @@ class _Run:
                 break
             until = min([step for step in pictured if step > task.step] + [self.checkpoints.next_step])
             for progress in task.run(until=until, pause=pause):
+                if task.compile_error != self._told:
+                    self._told = task.compile_error
+                    yield Notice(f"the distillation runs {task.execution}: compiling failed ({self._told})")
                 self._building.history.add(progress)
                 if task.step < task.total and self.checkpoints.due(task.step):
                     yield from self.save()

@@ -91,8 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="step|pipeline")
     common = _common_options()
     step = commands.add_parser("step", parents=[common], help="one update of the images: time, memory, parts")
-    step.add_argument("--steps", type=_count, help="image steps to measure (3 windows on a CPU, 40 on a GPU)")
+    step.add_argument("--steps", type=_count, help="image steps to measure (3 windows on a CPU, 5 x 20 steps on a GPU)")
     step.add_argument("--warmup", type=_count, help="image steps before those (1 window, 5 on a GPU)")
+    step.add_argument(
+        "--matmul-tf32", action="store_true", help="TF32 for products on a GPU too, not for convolutions alone"
+    )
+    step.add_argument("--channels-last", action="store_true", help="that memory layout for real images on a GPU")
     pipeline = commands.add_parser(
         "pipeline", parents=[common], help="teachers, distillation and students: wall times and accuracy"
     )

@@ -92,7 +92,10 @@ class Work:
             "device_name": device_name(self.device),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "tf32": self.device.type == "cuda" and bool(torch.backends.cudnn.allow_tf32),
+            "tf32": {
+                "convolutions": self.device.type == "cuda" and bool(torch.backends.cudnn.allow_tf32),
+                "products": self.device.type == "cuda" and bool(torch.backends.cuda.matmul.allow_tf32),
+            },
         }
 
 

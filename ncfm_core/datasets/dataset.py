@@ -16,7 +16,7 @@ from torch import Tensor
 from ncfm_core.catalog import DatasetFacts
 from ncfm_core.datasets.pixels import as_bytes, map_pixels, statistics
 from ncfm_core.errors import DatasetError, shorten
-from ncfm_core.rng import generator
+from ncfm_core.rng import generator, moved
 
 CHUNK = 4096
 """Images that are hashed at once."""
@@ -41,6 +41,11 @@ class Images:
         """The same images for another compute device; those in a file stay there."""
         return Images(self.pixels if self.mapped else self.pixels.to(device), self.rows, device, self.mapped)
 
+    @property
+    def index_device(self) -> torch.device:
+        """Where an index of theirs is read, and so where it should be."""
+        return torch.device("cpu") if self.mapped else self.device
+
     def __len__(self) -> int:
         return len(self.pixels if self.rows is None else self.rows)
 
@@ -49,8 +54,8 @@ class Images:
         if self.rows is not None:
             chosen = self.rows[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
         if isinstance(chosen, Tensor):
-            return self.pixels.index_select(0, chosen.to(self.pixels.device)).to(self.device)
-        return self.pixels[chosen].to(self.device)
+            return moved(self.pixels.index_select(0, chosen.to(self.pixels.device)), self.device)
+        return moved(self.pixels[chosen], self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,12 +243,13 @@ class Dataset:
 
     def to(self, device: torch.device) -> Dataset:
         """The same data for another compute device; images in a file stay there."""
-        moved = {name: getattr(self, name).to(device) for name in ("train_labels", "test_labels")}
-        if self.train_file is None:
-            moved["train_images"] = self.train_images.to(device)
-        if self.test_file is None:
-            moved["test_images"] = self.test_images.to(device)
-        return replace(self, **moved)
+        names = ["train_labels", "test_labels", "mean", "std"]
+        names += [f"{part}_images" for part in ("train", "test") if getattr(self, f"{part}_file") is None]
+        there = replace(self, **{name: getattr(self, name).to(device) for name in names})
+        # What was found out already is true wherever the data are.
+        found = (name for name in ("class_counts", "members", "digest") if name in self.__dict__)
+        there.__dict__.update({name: self.__dict__[name] for name in found})
+        return there
 
     def hold_out(self, fraction: float, *, seed: int) -> Dataset:
         """The training data split in two, class by class; its second part stands where the test set was.

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ncfm_core.bench import step
 from ncfm_core.bench.__main__ import main
 from ncfm_core.bench.folder import MIB, Folder
 from ncfm_core.bench.keeping import CHOICES, SLACK_BYTES
 from ncfm_core.bench.parts import OTHER, PARTS, shares
 from ncfm_core.bench.pipeline import GOING, SETS, TEACHERS, Pipeline, content_of
-from ncfm_core.bench.step import image_forwards
+from ncfm_core.bench.step import bench_step, grouping, image_forwards
 from ncfm_core.bench.work import RELEASED, Work, prepare
 from ncfm_core.datasets import Dataset
 from ncfm_core.distill import Distillation
@@ -76,6 +77,64 @@ def test_step_tells_time_memory_and_parts_in_one_line(capsys: pytest.CaptureFixt
     assert sum(line["parts"].values()) == pytest.approx(1, abs=0.01)
     assert all(line["parts"][name] > 0 for name in PARTS)
     assert not line["compiled"] and line["compile_seconds"] == 0
+    assert line["tf32"] == {"convolutions": False, "products": False} and line["channels_last"] is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "reuse", "steps", "expected"),
+    [
+        ("cpu", 1, None, (1, 3)),
+        ("cpu", 5, None, (1, 3)),
+        ("cpu", 2, 3, (1, 2)),
+        ("cuda", 1, None, (20, 5)),
+        ("cuda", 5, None, (4, 5)),
+        ("cuda", 3, None, (7, 5)),
+        ("cuda", 50, None, (1, 5)),
+        ("cuda", 1, 41, (20, 3)),
+        ("cuda", 5, 1, (4, 1)),
+    ],
+)
+def test_a_gpu_is_waited_for_after_groups_of_windows_and_a_cpu_after_each(
+    kind: str, reuse: int, steps: int | None, expected: tuple[int, int]
+) -> None:
+    assert grouping(kind, reuse=reuse, steps=steps) == expected
+
+
+def test_nothing_is_reported_or_waited_for_inside_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups as on a GPU, on the CPU, across the places where a run reports, and beyond the last step of the recipe."""
+    monkeypatch.setitem(step.STEPS_IN_GROUP, "cpu", 20)
+    at, waits, runs = list[int](), list[int](), list[Distillation]()
+    advance = Distillation.run
+
+    def run(self: Distillation, *arguments: Any, **options: Any) -> Any:
+        runs.append(self)
+        for report in advance(self, *arguments, **options):
+            at.append(report.completed)
+            yield report
+
+    monkeypatch.setattr(Distillation, "run", run)
+    monkeypatch.setattr(step, "synchronise", lambda _: waits.append(runs[-1].step if runs else 0))
+    work = prepare(dataset="digits", ipc=1, teachers=1, changes=CHANGES, device="cpu", compiled=False)
+    line = bench_step(work, steps=40, warmup=4)
+    assert at == [2, 4, 24, 44, 46]
+    assert waits == [0, 2, 2, 4, 4, 24, 24, 44, 46]
+    assert line["image_steps"] == 40 and work.spec.method.steps == 9
+
+
+@pytest.mark.parametrize("option", ["--matmul-tf32", "--channels-last"])
+def test_choices_for_a_gpu_are_refused_on_a_cpu(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    assert complaint(capsys, "step", *COMMAND, option).startswith(f"error: {option}: is a choice for a GPU")
+
+
+def test_eager_steps_never_look_for_a_compiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked(_: str) -> bool:
+        raise AssertionError("the compiler was started")
+
+    monkeypatch.setattr("ncfm_core.execution.compiler_works", looked)
+    monkeypatch.setattr("ncfm_core.execution.COMPILE_OPERATIONS", {"cpu": 0.0})
+    assert not printed(capsys, "step", *COMMAND, "--steps", "1")["compiled"]
 
 
 def test_equal_work_is_the_released_configuration(tmp_path: Path) -> None:

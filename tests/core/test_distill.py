@@ -53,6 +53,16 @@ def test_reports_do_not_change_the_bits(digits: Dataset, pool: TeacherPool, spec
     assert torch.equal(whole.synthetic.images, pieces.synthetic.images)
 
 
+def test_a_run_ends_at_its_last_step_however_far_it_is_asked_to_go(
+    digits: Dataset, pool: TeacherPool, spec: JobSpec
+) -> None:
+    whole, farther = (distillation(digits, pool, spec.method) for _ in range(2))
+    list(whole.run())
+    list(farther.run(until=farther.total + 7))
+    assert farther.step == farther.total and not list(farther.run(until=farther.total + 1))
+    assert torch.equal(whole.synthetic.images, farther.synthetic.images)
+
+
 def test_no_network_parameter_ever_has_a_gradient(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:
     run = distillation(digits, pool, spec.method)
     for _ in run.run(until=2):

@@ -23,10 +23,12 @@ from ncfm_core.execution import (
     compiler_works,
     compiling_pays,
     even_chunks,
+    for_inference,
 )
-from ncfm_core.pools import TeacherPool
+from ncfm_core.models import build_model
+from ncfm_core.pools import TeacherPool, in_bfloat16
 from ncfm_core.rng import generator
-from ncfm_core.spec import JobSpec, NcfmSpec
+from ncfm_core.spec import JobSpec, ModelSpec, NcfmSpec
 from ncfm_core.submission import resolve
 
 CPU = torch.device("cpu")
@@ -238,3 +240,58 @@ def test_execution_survives_its_encoding() -> None:
 )
 def test_chunks_are_equal_where_the_number_allows(number: int, chunk: int, sizes: set[int]) -> None:
     assert {len(piece) for piece in even_chunks(torch.zeros(number, 1), chunk)} == sizes
+
+
+def colour(number: int) -> Tensor:
+    return torch.randn((number, 3, 32, 32), generator=generator(0, "images"))
+
+
+@pytest.mark.parametrize("norm", ["instance", "group", "none", "batch"])
+def test_network_cast_to_bfloat16_gives_features_within_its_rounding(digits: Dataset, norm: Any) -> None:
+    """What a GPU does instead of autocast, on the CPU, at a width and an image size of the papers."""
+    model = ModelSpec(name="convnet", depth=3, width=64, norm=norm)
+    ends = build_model(model, image_shape=(3, 32, 32), num_classes=10, draw=generator(0, "t")).state_dict()
+    teacher = {f"{end}.{name}": tensor for end in ("initial", "trained") for name, tensor in ends.items()}
+    data = Dataset(
+        name="made",
+        train_images=torch.zeros((10, 3, 32, 32), dtype=torch.uint8),
+        train_labels=torch.arange(10),
+        test_images=torch.zeros((10, 3, 32, 32), dtype=torch.uint8),
+        test_labels=torch.arange(10),
+        class_names=digits.class_names,
+        mean=torch.zeros(3),
+        std=torch.ones(3),
+    )
+    pool = TeacherPool(model, data, [teacher], CPU)
+    weights, images = pool.trained(0), colour(16)
+    exact = pool.features(weights, images)
+    low = pool.features(in_bfloat16(weights), images.to(torch.bfloat16))
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low.norm(dim=1), torch.ones(16), atol=1e-5, rtol=0)
+    # Both are of length 1; bfloat16 has 8 bits, and each layer rounds once or twice more.
+    difference = (low - exact).norm(dim=1)
+    assert difference.max() < 4 * 2**-8, difference
+    # Rounding does not shift all images the same way: what a class mean loses is less.
+    assert (low.mean(0) - exact.mean(0)).norm() < 2 * 2**-8
+
+
+@pytest.mark.parametrize("groups", [1, 4, 64])
+def test_group_norm_of_bfloat16_takes_its_statistics_in_float32(groups: int) -> None:
+    """Maps whose mean is far from zero, where statistics in bfloat16 would be worth nothing, and whose spread is near eps."""
+    for shift, spread in ((8.0, 1.0), (0.0, 1e-2)):
+        maps = (torch.randn((8, 64, 16, 16), generator=generator(0, "maps")) * spread + shift).to(torch.bfloat16)
+        weight, bias = torch.ones(64), torch.zeros(64)
+        exact = torch.nn.functional.group_norm(maps.float(), groups, weight, bias)
+        low = torch.nn.functional.group_norm(maps, groups, weight.to(torch.bfloat16), bias.to(torch.bfloat16))
+        assert low.dtype == torch.bfloat16
+        # The result alone is rounded: half a unit in the last of 8 bits.
+        torch.testing.assert_close(low.float(), exact, rtol=2**-8, atol=2**-8)
+
+
+def test_layout_of_real_images_is_a_choice_on_a_gpu_alone() -> None:
+    execution = Execution(chunk=7, block=3, recompute=False, compiled=False)
+    for asked in (False, True):
+        laid = for_inference(colour(2), execution, channels_last=asked)
+        assert laid.is_contiguous(memory_format=torch.channels_last)
+        compiled = replace(execution, compiled=True)
+        assert for_inference(colour(2), compiled, channels_last=asked).is_contiguous()
