@@ -72,7 +72,7 @@ class InMemoryCluster:
 
     def remains(self, submission_id: str) -> tuple[str, ...]:
         self._ask()
-        return self.left.get(submission_id, ())
+        return self.left.get(submission_id, ()) if submission_id in self.jobs else ()
 
     def capacity(self) -> Capacity:
         self._ask()

@@ -4,7 +4,7 @@ a  every acknowledged job exists, with the spec that was answered
 b  one job for each idempotency key
 c  a job's events are a path of the legal table, gapless, its end the last move, and the job stands where they say
 d  one attempt for each submission: numbered without gaps, begun once, ended once, by no older controller than the one before
-e  nothing lives of a job that has ended
+e  nothing lives of a job that has ended; one that was cancelled after it was handed to Ray says what was checked
 f  every job has ended (where that is asked)
 g  database and storage root agree: the files of a set are there with the sums that the job names
 """
@@ -124,6 +124,8 @@ def _check_events(job: Job, events: list[Event]) -> None:
         _require(to in MOVES[state], job, "c", f"event {event.seq} moves it from {state} to {to}")
         state = to
     _require(job.state is state, job, "c", f"it is {job.state}, and its events end with {state}")
+        is_asked = to is not State.CANCELLED or came is State.QUEUED
+        _require(is_asked or "cleanup" in event.data, job, "e", f"event {event.seq} does not say what was checked")
     _require((job.finished_at is not None) == state.is_terminal, job, "c", f"finished_at is {job.finished_at}")
     starts = [int(str(event.data["attempt"])) for event in events if event.data.get("to") == "starting"]
     _require(starts == list(range(1, job.attempt + 1)), job, "d", f"it has {job.attempt} attempts, and began {starts}")

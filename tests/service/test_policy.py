@@ -306,6 +306,10 @@ def publications(*tried: tuple[int, RayJob | None], mlflow_error: str = "", capa
     return decide(snapshot, POLICY)
 
 
+    unborn = climb(asked(9))
+    assert isinstance(unborn, Move)
+    assert unborn.detail["cleanup"] == "verified"
+    assert unborn.detail["checked"] == ["Ray knows no such driver", "no driver has ever reported"]
 def test_publications_when_due_are_started_two_at_a_time() -> None:
     assert [action.job.id for action in publications((0, None), (0, None), (0, None))] == ["j0", "j1"]
     assert [action.job.id for action in publications((0, RUNNING), (0, None), (0, None))] == ["j1"]
