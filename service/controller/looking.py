@@ -101,8 +101,9 @@ class Look:
         name = submission_id(job)
         attempt = Attempt(job=job, ray=rays.get(name), status=None, result=None, silent_s=0.0)
         try:
-            status = self._storage.get_record(attempt_path(job.id, job.attempt, "status.json"), AttemptStatus)
+            # The result first: the status that is read after it is the last one.
             result = self._storage.get_record(attempt_path(job.id, job.attempt, "result.json"), AttemptResult)
+            status = self._storage.get_record(attempt_path(job.id, job.attempt, "status.json"), AttemptStatus)
             is_asked = job.state is State.CANCELLING and self._has_stop_request(job)
         except StorageError as error:
             self.storage_error = str(error)
