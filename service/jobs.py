@@ -215,7 +215,7 @@ class Job(Value):
     attempt: int = 0
     """Number of the current or last attempt; 0 before the first."""
     losses: int = 0
-    """Attempts lost with their driver, their node or their cluster."""
+    """Attempts lost in a row with their driver or their cluster; one that had made progress is the first of a new row."""
     failures: int = 0
     """Attempts that ended with an error which may pass."""
     retry_at: datetime | None = None

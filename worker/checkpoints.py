@@ -20,7 +20,7 @@ from pydantic import JsonValue
 
 from ncfm_core.errors import CheckpointError, StorageError, StorageFullError
 from ncfm_core.spec import CheckpointSpec
-from worker.history import History, Picture, Trouble, read_history
+from worker.history import History, Kept, Picture, Trouble, read_history
 from worker.patience import TOPIC
 from worker.records import CheckpointRecord, FileRecord, checkpoint_folder
 from worker.storage import Storage
@@ -59,7 +59,7 @@ class Checkpoints:
         self._every = every
         self._all = checkpoint_folder(job_id, key)
         self._own = checkpoint_folder(job_id, key, attempt)
-        self._step = 0
+        self._step = self._furthest = 0
         self._saved_at = time.monotonic()
         self._in_trouble = False
 
@@ -77,7 +77,9 @@ class Checkpoints:
     def newest(self) -> Saved | None:
         """The newest checkpoint of any attempt that is whole; a damaged one is passed over for the one before it."""
         records = [path for path in self._storage.list(self._all) if path.endswith(".json")]
-        for path in sorted(records, key=lambda each: int(PurePosixPath(each).stem), reverse=True):
+        # A damaged one counts too: whoever comes this far a second time has only caught up.
+        self._furthest = max((_step_of(path) for path in records), default=0)
+        for path in sorted(records, key=_step_of, reverse=True):
             try:
                 record = self._storage.get_record(path, CheckpointRecord)
                 if record is None or record.key != self._key:
@@ -91,11 +93,11 @@ class Checkpoints:
 
     def keep(
         self, step: int, state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...] = ()
-    ) -> Iterator[Trouble]:
+    ) -> Iterator[Trouble | Kept]:
         """Save; one that cannot be written is passed over until the next is due, and the computation goes on.
 
         Yields:
-            That it could not, and once that it could again.
+            That it could not, and once that it could again; and each that is further than all before it, in any attempt.
         """
         try:
             self.save(step, state, history, pictures)
@@ -107,6 +109,9 @@ class Checkpoints:
             if self._in_trouble:
                 self._in_trouble = False
                 yield Trouble(TOPIC, "")
+            if step > self._furthest:
+                self._furthest = step
+                yield Kept(step)
 
     def save(
         self, step: int, state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...] = ()
@@ -137,6 +142,10 @@ class Checkpoints:
         for step in steps[: len(steps) - kept]:
             # The record first: a checkpoint without one does not exist for a reader.
             self._storage.delete([f"{self._own}/{step}.json", f"{self._own}/{step}.safetensors"])
+
+
+def _step_of(path: str) -> int:
+    return int(PurePosixPath(path).stem)
 
 
 def _encode(state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...]) -> bytes:

@@ -144,6 +144,8 @@ class AttemptStatus(Record):
     heartbeat_at: datetime
     mlflow_run_id: str | None
     mlflow_url: str | None
+    kept: int = 0
+    """How often it has put in store what no attempt before it had: a stage result, or a checkpoint further than all others."""
 
 
 class StopRequest(Record):
