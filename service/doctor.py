@@ -15,7 +15,7 @@ from sqlalchemy import func, select
 
 from ncfm_core.errors import StorageError
 from service.database import Database, NoDatabase, open_unchecked, sqlite_file
-from service.jobs import MOVES, State
+from service.jobs import FORMER_MOVES, MOVES, State
 from service.retention import TERMINAL, temporary_files
 from service.schema import state_of
 from service.tables import attempts, events, jobs
@@ -113,6 +113,8 @@ def _paths(database: Database) -> Iterator[Finding]:
 
 def _path(job_id: str, moves: Sequence[Any]) -> Iterator[Finding]:
     legal = {str(state): {str(to) for to in after} for state, after in MOVES.items()}
+    for former, after in FORMER_MOVES:
+        legal[str(former)].add(str(after))
     # Where the first events are gone, only the terminal one is left.
     is_trimmed = len(moves) == 1 and not legal.get(str(moves[0].data["to"]))
     at = str(moves[0].data["from"]) if is_trimmed else str(State.QUEUED)

@@ -44,13 +44,16 @@ MOVES: Mapping[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.STARTING, State.CANCELLED}),
     State.STARTING: frozenset({State.RUNNING, State.RECOVERING, State.CANCELLING, State.FAILED}),
     State.RUNNING: frozenset({State.RECOVERING, State.CANCELLING, State.SUCCEEDED, State.FAILED}),
-    State.RECOVERING: frozenset({State.STARTING, State.CANCELLING, State.CANCELLED, State.FAILED}),
+    State.RECOVERING: frozenset({State.STARTING, State.CANCELLING, State.FAILED}),
     State.CANCELLING: frozenset({State.CANCELLED, State.SUCCEEDED}),
     State.SUCCEEDED: frozenset(),
     State.FAILED: frozenset(),
     State.CANCELLED: frozenset(),
 }
 """From each state, the states that a job may move to; none from a terminal one."""
+
+FORMER_MOVES: frozenset[tuple[State, State]] = frozenset({(State.RECOVERING, State.CANCELLED)})
+"""Moves that are not made any more, but stand in the histories of older jobs."""
 
 ACTIVE = tuple(state for state in State if state is not State.QUEUED and not state.is_terminal)
 """States of a job that holds its share of the cluster."""
@@ -216,7 +219,7 @@ class Job(Value):
     attempt: int = 0
     """Number of the current or last attempt; 0 before the first."""
     losses: int = 0
-    """Attempts lost with their driver, their node or their cluster."""
+    """Attempts lost in a row with their driver or their cluster; one that had made progress is the first of a new row."""
     failures: int = 0
     """Attempts that ended with an error which may pass."""
     retry_at: datetime | None = None
@@ -323,14 +326,15 @@ def check_move(job: Job, to: State) -> None:
 def cancel_move(job: Job) -> State | None:
     """The state that a request to cancel leads to, or None where it is cancelled or being cancelled already.
 
-    A job without a driver is cancelled at once. After a lost cluster nobody knows yet whether the driver is gone.
+    A job that was never handed to Ray is cancelled at once. However an attempt was lost, its driver or a stage of it may live on:
+    that is looked into before the job is cancelled.
 
     Raises:
         IllegalMove: the job has ended in another way.
     """
     if job.state in (State.CANCELLING, State.CANCELLED):
         return None
-    if job.state is State.QUEUED or (job.state is State.RECOVERING and job.reason is Reason.WORKER_LOST):
+    if job.state is State.QUEUED:
         return State.CANCELLED
     if State.CANCELLING not in MOVES[job.state]:
         raise IllegalMove.of("state", str(job.state), f"a {job.state} job cannot be cancelled", legal_moves(job.state))
@@ -379,6 +383,11 @@ def progress_of(status: AttemptStatus, before: Progress | None = None) -> Progre
         job_percent=status.job_percent,
         job_eta_seconds=status.job_eta_seconds,
     )
+
+
+def changed_stages(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, JsonValue]:
+    """Stages that stand otherwise than they did."""
+    return {name: state for name, state in after.items() if before.get(name) != state}
 
 
 def result_of(attempt: AttemptResult) -> Result:

@@ -49,7 +49,7 @@ class Settings(Surroundings):
     max_running_per_owner: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """The same for the jobs of one owner; none for no such limit."""
     max_infra_retries: Annotated[int, Field(ge=0, le=1000)] = 10
-    """New attempts after losses that are not the user's fault."""
+    """New attempts after losses in a row that are not the user's fault: one that had made progress begins a new row."""
     max_error_retries: Annotated[int, Field(ge=0, le=1000)] = 3
     """New attempts after errors of the attempt itself that may pass."""
     poll_seconds: Annotated[float, Field(gt=0, le=60)] = 0.5

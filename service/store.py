@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 from ncfm_core.errors import NcfmError
 from service.database import StoreError
 from service.filtering import Filter, filtered
-from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, check_move
+from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, changed_stages, check_move
 from service.leases import check_fence
 from service.sightings import Sighting, Sightings
 from service.tables import UtcDateTime, attempts, events, idempotency, jobs
@@ -267,6 +267,9 @@ class Store(Sightings):
             "attempt": moved.attempt,
             **(detail or {}),
         }
+        # What no event tells, nobody who follows the events learns: a driver's last status comes with the end itself.
+        if stages := changed_stages(job.stages, moved.stages):
+            data["stages"] = stages
         return self._change(moved, "state", data, at, actor)
 
     def note(

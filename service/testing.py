@@ -72,7 +72,7 @@ class InMemoryCluster:
 
     def remains(self, submission_id: str) -> tuple[str, ...]:
         self._ask()
-        return self.left.get(submission_id, ())
+        return self.left.get(submission_id, ()) if submission_id in self.jobs else ()
 
     def capacity(self) -> Capacity:
         self._ask()
@@ -108,7 +108,15 @@ class FakeDriver:
     storage: Storage
     job: Job
 
-    def beat(self, completed: int = 1, *, stage: StageName = "distill", message: str = "") -> None:
+    def beat(
+        self,
+        completed: int = 1,
+        *,
+        stage: StageName = "distill",
+        message: str = "",
+        kept: int = 0,
+        stages: Mapping[str, str] | None = None,
+    ) -> None:
         """Report progress, with a new heartbeat."""
         status = AttemptStatus(
             job_id=self.job.id,
@@ -118,10 +126,11 @@ class FakeDriver:
             total=10,
             unit="step",
             message=message,
-            stages={"inspect": "done", stage: "running"},
+            stages={"inspect": "done", stage: "running"} if stages is None else dict(stages),
             heartbeat_at=now(),
             mlflow_run_id="run-1",
             mlflow_url="http://mlflow/run-1",
+            kept=kept,
         )
         self.storage.put_record(attempt_path(self.job.id, self.job.attempt, "status.json"), status)
 

@@ -21,7 +21,7 @@ from pydantic import JsonValue
 
 from ncfm_core.errors import CheckpointError, StorageError, StorageFullError
 from ncfm_core.spec import CheckpointSpec
-from worker.history import History, Picture, Trouble, read_history
+from worker.history import History, Kept, Picture, Trouble, read_history
 from worker.patience import TOPIC
 from worker.records import CheckpointRecord, FileRecord, checkpoint_folder, resumable_folder, resumable_path
 from worker.storage import Storage
@@ -65,7 +65,7 @@ class Checkpoints:
         self._key = key
         self._every = every
         self._own = checkpoint_folder(job_id, key, attempt)
-        self._step = 0
+        self._step = self._furthest = 0
         self._saved_at = time.monotonic()
         self._in_trouble = self._is_marked = False
 
@@ -86,23 +86,29 @@ class Checkpoints:
         Where this job has none, that of any other job under the same key, which has the same bits, from the same kind of device:
         what fits a GPU at once would not fit a CPU.
         """
+        # A damaged one counts too: whoever comes this far a second time has only caught up.
+        self._furthest = max((step for step, *_ in self._records([self._job_id])), default=0)
         saved = self._newest([self._job_id])
         if saved is None:
             marks = self._storage.list(resumable_folder(self._key))
             saved = self._newest([job for job in (PurePosixPath(mark).name for mark in marks) if job != self._job_id])
         if saved is not None:
             self._step, self._saved_at = saved.step, time.monotonic()
+            self._furthest = max(self._furthest, saved.step)
         return saved
 
-    def _newest(self, job_ids: Sequence[str]) -> Saved | None:
-        """The newest of some jobs."""
-        records = [
-            (int(PurePosixPath(path).stem), path, job_id)
+    def _records(self, job_ids: Sequence[str]) -> list[tuple[int, str, str]]:
+        """Step, path and job of each checkpoint of some jobs."""
+        return [
+            (_step_of(path), path, job_id)
             for job_id in job_ids
             for path in self._storage.list(checkpoint_folder(job_id, self._key))
             if path.endswith(".json")
         ]
-        for _, path, job_id in sorted(records, reverse=True):
+
+    def _newest(self, job_ids: Sequence[str]) -> Saved | None:
+        """The newest of some jobs."""
+        for _, path, job_id in sorted(self._records(job_ids), reverse=True):
             is_own = job_id == self._job_id
             try:
                 record = self._storage.get_record(path, CheckpointRecord)
@@ -120,11 +126,11 @@ class Checkpoints:
 
     def keep(
         self, step: int, state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...] = ()
-    ) -> Iterator[Trouble]:
+    ) -> Iterator[Trouble | Kept]:
         """Save; one that cannot be written is passed over until the next is due, and the computation goes on.
 
         Yields:
-            That it could not, and once that it could again.
+            That it could not, and once that it could again; and each that is further than all before it, in any attempt.
         """
         try:
             self.save(step, state, history, pictures)
@@ -136,6 +142,9 @@ class Checkpoints:
             if self._in_trouble:
                 self._in_trouble = False
                 yield Trouble(TOPIC, "")
+            if step > self._furthest:
+                self._furthest = step
+                yield Kept(step)
 
     def save(
         self, step: int, state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...] = ()
@@ -175,6 +184,10 @@ class Checkpoints:
         for step in steps[: len(steps) - kept]:
             # The record first: a checkpoint without one does not exist for a reader.
             self._storage.delete([f"{self._own}/{step}.json", f"{self._own}/{step}.safetensors"])
+
+
+def _step_of(path: str) -> int:
+    return int(PurePosixPath(path).stem)
 
 
 def _encode(state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...]) -> bytes:

@@ -48,7 +48,14 @@ class Trouble:
     """One line for a person; empty once it is over."""
 
 
-Event = Progress | Picture | Notice | Trouble
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A checkpoint is stored that is further than all before it."""
+
+    step: int
+
+
+Event = Progress | Picture | Notice | Trouble | Kept
 Stage = Generator[Event, None, StageResult]
 Row = dict[str, float]
 

@@ -149,6 +149,8 @@ class AttemptStatus(Record):
     """Of the whole job, by what its parts roughly cost; never falls within an attempt."""
     job_eta_seconds: float | None = None
     """Until the end of the whole job, as of the last progress."""
+    kept: int = 0
+    """How often it has put in store what no attempt before it had: a stage result, or a checkpoint further than all others."""
 
 
 class StopRequest(Record):

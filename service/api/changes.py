@@ -71,7 +71,7 @@ def cancel_job(
     caller: CallerDep,
     response: Response,
 ) -> JobBody:
-    """Ask for the end of a job. It is `cancelled` once its driver is known to be gone.
+    """Ask for the end of a job. It is `cancelled` once nothing of it is known to be left; at once while it is queued.
 
     Without a body the end is graceful. A second request may only make a graceful end a forced one.
     """
@@ -87,11 +87,7 @@ def _cancel(store: Store, job: Job, request: CancelRequest, actor: Actor) -> Job
     """One try to move a job towards its end: the job itself where there is nothing to do, None where it was changed meanwhile."""
     to = cancel_move(job)
     if to is not None:
-        changes: dict[str, Any] = {"cancel": request}
-        if to is State.CANCELLED and job.mlflow_run_id is not None:
-            # No controller will look at it again, but its run must not stay open.
-            changes |= {"publication": "pending"}
-        return store.move(job, to, reason=Reason.REQUESTED, message=CANCELLED_BY, actor=actor, **changes)
+        return store.move(job, to, reason=Reason.REQUESTED, message=CANCELLED_BY, actor=actor, cancel=request)
     is_forced = job.cancel is not None and job.cancel.mode == "force"
     if job.state is State.CANCELLED or request.mode != "force" or is_forced:
         return job

@@ -16,6 +16,7 @@ from service.controller.endings import ended, last_words, publication, said
 from service.jobs import CancelRequest, Job, Reason, State
 
 DONE = "cancelled by request; nothing of it is left running"
+FORGOTTEN = "what its driver may have left running: Ray does not know the driver any more"
 MAX_NAMED = 5
 
 
@@ -31,6 +32,11 @@ def cancelling(attempt: Attempt, snapshot: Snapshot, policy: Policy) -> Action |
         return _driver_lives(attempt, snapshot, policy)
     pending = _pending(attempt, policy)
     if not pending:
+        if attempt.ray is None and attempt.status is not None:
+            # A new head sees no process of the old one's jobs, and waiting longer would not change that.
+            message = f"cancelled by request; its driver is silent, but nobody can say {FORGOTTEN}"
+            detail: dict[str, JsonValue] = {"cleanup": "unverified", "pending": FORGOTTEN}
+            return _end(attempt, message, detail | {"checked": _checked(attempt)})
         return _end(attempt, DONE, {"cleanup": "verified", "checked": _checked(attempt)})
     if job.cancel is not None and attempt.ray is None and _may_ask(attempt, policy):
         # Ray has forgotten a driver that still gives signs of life: it can still be told.
@@ -88,9 +94,11 @@ def _pending(attempt: Attempt, policy: Policy) -> str:
 
 def _checked(attempt: Attempt) -> list[JsonValue]:
     """What the end of a cancelled job rests on."""
+    job = attempt.job
     if attempt.ray is None:
         silence = "no driver has ever reported" if attempt.status is None else f"silent for {attempt.silent_s:.0f} s"
-        return ["Ray knows no such driver", silence]
+        known: list[JsonValue] = ["Ray knows no such driver", silence]
+        return [*known, "no worker or actor of an earlier attempt lives by Ray's account"] if job.attempt > 1 else known
     checked: list[JsonValue] = [f"Ray says {attempt.ray.status}", "no worker or actor of it lives by Ray's account"]
     if attempt.result is not None:
         checked.append(f"its driver left a result: {attempt.result.outcome}")

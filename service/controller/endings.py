@@ -1,7 +1,9 @@
 """What the end of an attempt makes of its job, decided from what is known of it and nothing else.
 
 There are two budgets. An attempt that is lost with its driver, its node or its cluster is nobody's error; one that ends with an
-error which may pass is the attempt's own. Neither uses up the other's, and a full storage root uses up none.
+error which may pass is the attempt's own. Neither uses up the other's, and a full storage root uses up none. Losses count in a
+row: an attempt that has put something new in store before it was lost begins the count anew, so that a job of many days may be
+lost any number of times as long as it gets further.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from datetime import timedelta
 from ncfm_core.errors import Problem
 from service.controller.decision import Attempt, Move, Policy, Snapshot
 from service.jobs import Job, Reason, State, progress_of, result_of
-from worker.records import EXIT_USER_ERROR, AttemptResult, ErrorRecord
+from worker.records import EXIT_USER_ERROR, AttemptResult, AttemptStatus, ErrorRecord
 
 MAX_CAUSE_CHARS = 300
 STORAGE_FULL = "storage_full"
@@ -24,7 +26,7 @@ def ended(attempt: Attempt, result: AttemptResult, snapshot: Snapshot, policy: P
     if result.outcome == "stopped":
         # Nobody who cancels it asked for that: somebody else did, past the service.
         cause = f"attempt {job.attempt} was stopped by hand"
-        return _retry(job, Reason.WORKER_LOST, cause, None, snapshot=snapshot, policy=policy)
+        return _retry(attempt, Reason.WORKER_LOST, cause, None, snapshot=snapshot, policy=policy)
     changes = said(attempt) | last_words(job, result)
     if result.outcome == "succeeded":
         changes |= {"result": result_of(result), "artifacts": result.artifacts, "error": None}
@@ -33,7 +35,7 @@ def ended(attempt: Attempt, result: AttemptResult, snapshot: Snapshot, policy: P
     message = "; ".join(problem.get("message", "") for problem in error.problems)
     if result.retryable:
         reason = Reason.STORAGE_FULL if error.code == STORAGE_FULL else Reason.ATTEMPT_FAILED
-        return _retry(job, reason, message, error, snapshot=snapshot, policy=policy)
+        return _retry(attempt, reason, message, error, snapshot=snapshot, policy=policy)
     reason = Reason.INTERNAL if error.code == "internal" else Reason.USER_ERROR
     return Move(job, State.FAILED, reason, message, changes | {"error": error, "publication": publication(job, result)})
 
@@ -43,47 +45,53 @@ def lost(attempt: Attempt, snapshot: Snapshot, policy: Policy) -> Move:
     job, ray = attempt.job, attempt.ray
     if ray is None:
         cause = f"attempt {job.attempt} is not known to Ray any more"
-        return _retry(job, Reason.CLUSTER_LOST, cause, None, snapshot=snapshot, policy=policy)
+        return _retry(attempt, Reason.CLUSTER_LOST, cause, None, snapshot=snapshot, policy=policy)
     # Ray puts the end of the log behind its own words; the whole log is kept beside them anyway.
     words = " ".join(ray.message.partition(", last available logs")[0].split())
     heard = words[:MAX_CAUSE_CHARS] or f"Ray says {ray.status}"
     cause = f"attempt {job.attempt} ended without a result: {heard}"
     if ray.exit_code == EXIT_USER_ERROR:
         # The driver has judged its demand before it could write anything: another attempt would judge the same.
-        changes = {"error": _error(Reason.USER_ERROR, cause), "publication": publication(job, None)}
-        return Move(job, State.FAILED, Reason.USER_ERROR, cause, changes)
-    return _retry(job, Reason.WORKER_LOST, cause, None, snapshot=snapshot, policy=policy)
+        ends = {"error": _error(Reason.USER_ERROR, cause), "publication": publication(job, None, attempt.status)}
+        return Move(job, State.FAILED, Reason.USER_ERROR, cause, said(attempt) | ends)
+    return _retry(attempt, Reason.WORKER_LOST, cause, None, snapshot=snapshot, policy=policy)
 
 
 def _retry(
-    job: Job, reason: Reason, cause: str, error: ErrorRecord | None, *, snapshot: Snapshot, policy: Policy
+    attempt: Attempt, reason: Reason, cause: str, error: ErrorRecord | None, *, snapshot: Snapshot, policy: Policy
 ) -> Move:
     """Another attempt after a while, or the end where there were too many of its kind."""
+    job, told = attempt.job, said(attempt)
     following = f"attempt {job.attempt + 1} follows in"
     if reason is Reason.STORAGE_FULL:
         pause = timedelta(seconds=policy.storage_pause_s)
         message = f"waits for room in the storage root: {cause}; {following} {pause.total_seconds():g} s"
-        return Move(job, State.RECOVERING, reason, message, {"retry_at": snapshot.now + pause})
-    budget, most, what = (
-        ("failures", policy.max_error_retries, "failed")
-        if reason is Reason.ATTEMPT_FAILED
-        else ("losses", policy.max_infra_retries, "were lost")
-    )
-    tries = int(getattr(job, budget)) + 1
+        return Move(job, State.RECOVERING, reason, message, told | {"retry_at": snapshot.now + pause})
+    if reason is Reason.ATTEMPT_FAILED:
+        budget, tries, most, what = "failures", job.failures + 1, policy.max_error_retries, "failed"
+    else:
+        before = 0 if has_progressed(attempt) else job.losses
+        budget, tries, most, what = "losses", before + 1, policy.max_infra_retries, "were lost without progress"
     if tries > most:
         message = f"{cause}; {tries} attempts {what}, and no more are made"
-        changes = {budget: tries, "error": error or _error(reason, message), "publication": publication(job, None)}
-        return Move(job, State.FAILED, reason, message, changes)
+        ends = {"error": error or _error(reason, message), "publication": publication(job, None, attempt.status)}
+        return Move(job, State.FAILED, reason, message, told | ends | {budget: tries})
     pause = policy.backoff(tries)
     message = f"{cause}; {following} {pause.total_seconds():g} s"
-    return Move(job, State.RECOVERING, reason, message, {budget: tries, "retry_at": snapshot.now + pause})
+    return Move(job, State.RECOVERING, reason, message, told | {budget: tries, "retry_at": snapshot.now + pause})
 
 
-def publication(job: Job, result: AttemptResult | None) -> str:
+def has_progressed(attempt: Attempt) -> bool:
+    """Whether the attempt has put something in store from which the next one goes on further than it could itself."""
+    return attempt.status is not None and attempt.status.kept > 0
+
+
+def publication(job: Job, result: AttemptResult | None, status: AttemptStatus | None = None) -> str:
     """Where the MLflow run of a job stands that ends without a set: whoever has begun one must close it."""
     if result is not None and result.publication == "done":
         return "done"
-    has_run = job.mlflow_run_id or (result is not None and result.mlflow_run_id)
+    told = [each.mlflow_run_id for each in (status, result) if each is not None]
+    has_run = job.mlflow_run_id or any(told)
     return "pending" if has_run else "none"
 
 

@@ -33,9 +33,9 @@ class Muscle(Protocol):
     def logs(self, submission_id: str) -> str: ...
 
 
-def submission_id(job: Job) -> str:
-    """Ray's name for the current attempt: made from ours, so that it is found again after any restart."""
-    return f"{job.id}-{job.attempt}"
+def submission_id(job: Job, attempt: int | None = None) -> str:
+    """Ray's name for the current attempt, or another one: made from ours, so that it is found again after any restart."""
+    return f"{job.id}-{job.attempt if attempt is None else attempt}"
 
 
 def publisher_id(job: Job) -> str:

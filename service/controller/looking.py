@@ -23,6 +23,8 @@ QUEUE_WINDOW = 50
 """Queued jobs looked at in one round."""
 PUBLISH_WINDOW = 8
 """Ended jobs with an MLflow run to complete that are looked at in one round."""
+EARLIER = 2
+"""Attempts before the last one that are looked at too: a stage may outlive its driver, and the pause before the next attempt."""
 
 
 class Look:
@@ -62,7 +64,7 @@ class Look:
             capacity = self._cluster.capacity()
             names = [*map(submission_id, active), *map(publisher_id, due)]
             rays = {name: self._cluster.find(name) for name in names}
-            remains = {name: self._cluster.remains(name) for name in map(submission_id, _ending(active, rays))}
+            remains = {submission_id(job): self._remains(job) for job in _ending(active, rays)}
             self.capacity = capacity
         except ClusterUnreachable as error:
             self.ray_error = str(error)
@@ -90,12 +92,18 @@ class Look:
         found = {job.id: job for job in (*window, *passing)}
         return sorted(found.values(), key=lambda job: (job.rank, job.id))
 
+    def _remains(self, job: Job) -> tuple[str, ...]:
+        """What is left of a job by Ray's account: of its last attempt, and of those just before it, whose drivers were lost."""
+        numbers = range(max(1, job.attempt - EARLIER), job.attempt + 1)
+        return tuple(each for number in numbers for each in self._cluster.remains(submission_id(job, number)))
+
     def _attempt(self, job: Job, rays: dict[str, RayJob | None], remains: dict[str, tuple[str, ...]]) -> Attempt:
         name = submission_id(job)
         attempt = Attempt(job=job, ray=rays.get(name), status=None, result=None, silent_s=0.0)
         try:
-            status = self._storage.get_record(attempt_path(job.id, job.attempt, "status.json"), AttemptStatus)
+            # The result first: the status that is read after it is the last one.
             result = self._storage.get_record(attempt_path(job.id, job.attempt, "result.json"), AttemptResult)
+            status = self._storage.get_record(attempt_path(job.id, job.attempt, "status.json"), AttemptStatus)
             is_asked = job.state is State.CANCELLING and self._has_stop_request(job)
         except StorageError as error:
             self.storage_error = str(error)
@@ -141,6 +149,6 @@ class Look:
 
 
 def _ending(active: list[Job], rays: dict[str, RayJob | None]) -> list[Job]:
-    """Jobs that are being cancelled and whose driver has ended by Ray's word: is anything else of them left?"""
+    """Jobs that are being cancelled and whose driver does not run by Ray's word: is anything else of them left?"""
     found = ((job, rays.get(submission_id(job))) for job in active if job.state is State.CANCELLING)
-    return [job for job, ray in found if ray is not None and ray.is_terminal]
+    return [job for job, ray in found if ray is None or ray.is_terminal]

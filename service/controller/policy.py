@@ -14,7 +14,7 @@ from service.controller.cancelling import cancelling, is_gone
 from service.controller.decision import Action, Attempt, Move, Policy, Report, Snapshot, Stop, Submit
 from service.controller.endings import ended, lost, said
 from service.controller.publishing import publish
-from service.jobs import Reason, State
+from service.jobs import Reason, State, changed_stages
 
 
 def decide(snapshot: Snapshot, policy: Policy) -> list[Action]:
@@ -91,6 +91,6 @@ def _report(attempt: Attempt) -> Report | None:
     changes = {name: value for name, value in told.items() if getattr(job, name) != value}
     if not changes:
         return None
-    stages = {name: state for name, state in attempt.status.stages.items() if job.stages.get(name) != state}
-    event: dict[str, JsonValue] | None = {"attempt": job.attempt, "stages": dict(stages)} if stages else None
+    stages = changed_stages(job.stages, attempt.status.stages)
+    event: dict[str, JsonValue] | None = {"attempt": job.attempt, "stages": stages} if stages else None
     return Report(job, changes, event)

@@ -7,7 +7,7 @@ import io
 import itertools
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -77,6 +77,10 @@ def test_events_are_gapless_and_legal_when_the_job_has_ended(stack_client: Clien
         "waiting",
         "published",
     }
+    told: Document = {}
+    for event in events:
+        told |= cast(Document, event.data.get("stages", {}))
+    assert told == job.stages and set(told.values()) <= {"done", "cached"}, "the end tells how the last stages stand"
 
 
 def test_result_has_the_figures_of_all_three_when_the_job_has_succeeded(job: Job) -> None:

@@ -2,9 +2,9 @@
 
 a  every acknowledged job exists, with the spec that was answered
 b  one job for each idempotency key
-c  a job's events are a path of the legal table, gapless, its end the last move, and the job stands where they say
+c  a job's events are a path of the legal table, gapless, its end the last move, and the job and its stages stand where they say
 d  one attempt for each submission: numbered without gaps, begun once, ended once, by no older controller than the one before
-e  nothing lives of a job that has ended
+e  nothing lives of a job that has ended; one that was cancelled after it was handed to Ray says what was checked
 f  every job has ended (where that is asked)
 g  database and storage root agree: the files of a set are there with the sums that the job names
 """
@@ -113,8 +113,10 @@ def _check_events(job: Job, events: list[Event]) -> None:
     _require(numbers == list(range(1, len(events) + 1)), job, "c", f"its events are numbered {numbers}")
     _require(events and events[0].type == "created", job, "c", "its first event is not its creation")
     _require(job.event_seq == len(events), job, "c", f"it counts {job.event_seq} events and has {len(events)}")
-    state = State.QUEUED
+    state, stages = State.QUEUED, dict[str, JsonValue]()
     for event in events:
+        if isinstance(told := event.data.get("stages"), dict):
+            stages |= told
         if state.is_terminal:
             _require(event.type in AFTER_THE_END, job, "c", f"event {event.seq} ({event.type}) follows its end")
         if event.type != "state":
@@ -122,7 +124,11 @@ def _check_events(job: Job, events: list[Event]) -> None:
         came, to = State(str(event.data["from"])), State(str(event.data["to"]))
         _require(came is state, job, "c", f"event {event.seq} leaves {came}, but it was {state}")
         _require(to in MOVES[state], job, "c", f"event {event.seq} moves it from {state} to {to}")
+        is_asked = to is not State.CANCELLED or came is State.QUEUED
+        _require(is_asked or "cleanup" in event.data, job, "e", f"event {event.seq} does not say what was checked")
         state = to
+    untold = {name: stands for name, stands in job.stages.items() if stages.get(name) != stands}
+    _require(not untold, job, "c", f"no event tells that its stages are {untold}")
     _require(job.state is state, job, "c", f"it is {job.state}, and its events end with {state}")
     _require((job.finished_at is not None) == state.is_terminal, job, "c", f"finished_at is {job.finished_at}")
     starts = [int(str(event.data["attempt"])) for event in events if event.data.get("to") == "starting"]

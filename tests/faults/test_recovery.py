@@ -175,3 +175,32 @@ def test_nothing_is_left_of_a_job_when_it_is_cancelled(
     assert stack_client.artifacts(job.id) == []
     # On a busy machine a publisher does it a little later.
     until(lambda: read_run(stack.mlflow, str(ended.mlflow_run_id))["status"] == "KILLED")
+
+
+@pytest.mark.usefixtures("steady_api")
+def test_nothing_is_left_of_a_job_when_it_is_cancelled_as_its_driver_is_lost(
+    stack_client: Client,
+    main_job: list[Job],
+    small_job: Document,
+    checkpoint_of: Callable[[str], int],
+    driver_of: Callable[[str], psutil.Process],
+    task_of: Callable[[str], psutil.Process],
+    processes_of: Callable[[str], list[psutil.Process]],
+    until: Until,
+) -> None:
+    """The stage outlives its driver, since it is stopped: Ray has to end it the hard way."""
+    # The main job's teachers are there, so that the first checkpoint is one of the distillation.
+    job = stack_client.submit(small_job | {"method": small_job["method"] | {"steps": 100_000}})
+    checkpoint_of(job.id)
+    task_of(job.id).suspend()
+    driver_of(job.id).kill()
+    until(lambda: stack_client.job(job.id).state == "recovering", CANCEL_LIMIT_S)
+    assert stack_client.cancel(job.id).state in ("cancelling", "cancelled")
+    until(lambda: stack_client.job(job.id).state == "cancelled", CANCEL_LIMIT_S)
+    left = processes_of(job.id)
+
+    assert not left
+    assert states(stack_client, job.id) == ["starting", "running", "recovering", "cancelling", "cancelled"]
+    end = list(stack_client.events(job.id))[-1].data
+    assert end["cleanup"] == "verified"
+    assert end["checked"] == ["Ray says FAILED", "no worker or actor of it lives by Ray's account"]

@@ -54,19 +54,19 @@ def test_cancel_when_asked_twice_may_only_become_forced(client: httpx.Client, ap
     assert types == ["created", "state", "state", "state", "changed"]
 
 
-def test_cancel_when_recovering_with_a_run_leaves_its_publication_to_do(client: httpx.Client, api_store: Store) -> None:
+@pytest.mark.parametrize("reason", [Reason.WORKER_LOST, Reason.CLUSTER_LOST, Reason.STORAGE_FULL])
+def test_cancel_when_recovering_waits_until_nothing_of_it_is_left(
+    client: httpx.Client, api_store: Store, reason: Reason
+) -> None:
     job_id = submit(client)
-    move(
-        api_store,
-        job_id,
-        State.STARTING,
-        State.RUNNING,
-        State.RECOVERING,
-        reason=Reason.WORKER_LOST,
-        mlflow_run_id="run-1",
-    )
-    body = client.post(f"/jobs/{job_id}/cancel").json()
-    assert (body["state"], body["publication"]) == ("cancelled", "pending")
+    move(api_store, job_id, State.STARTING, State.RUNNING, State.RECOVERING, reason=reason)
+    reply = client.post(f"/jobs/{job_id}/cancel")
+    assert (reply.status_code, reply.json()["state"]) == (202, "cancelling")
+
+
+def test_cancel_when_queued_is_over_at_once(client: httpx.Client) -> None:
+    reply = client.post(f"/jobs/{submit(client)}/cancel")
+    assert (reply.status_code, reply.json()["state"]) == (202, "cancelled")
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,72 @@ def test_cancel_when_workers_outlive_their_driver_waits_and_names_them(world: Wo
     assert world.rounds(job, n=1).state is State.CANCELLED
 
 
+def test_cancel_when_its_driver_is_lost_waits_for_the_stage_that_outlives_it(world: World) -> None:
+    job = world.running()
+    world.cluster.left[f"{job.id}-1"] = ("worker 4711 on 10.0.0.2",)
+    world.cluster.end(f"{job.id}-1")
+    assert world.rounds(job, n=1).state is State.RECOVERING
+    world.cancel(job, asked())
+    waiting = world.rounds(job, n=8)
+    assert waiting.state is State.CANCELLING
+    assert "worker 4711 on 10.0.0.2" in waiting.message
+    del world.cluster.left[f"{job.id}-1"]
+    ended = world.rounds(job, n=1)
+    assert (ended.state, ended.attempt, ended.publication) == (State.CANCELLED, 1, "pending")
+    detail = last_event(world, job).data
+    assert detail["cleanup"] == "verified"
+    assert detail["checked"] == ["Ray says FAILED", "no worker or actor of it lives by Ray's account"]
+    assert [(row.number, row.outcome) for row in world.store.attempts(job.id)] == [(1, "lost")]
+
+
+@pytest.mark.parametrize("is_submitted", [False, True])
+def test_cancel_when_a_stage_of_an_earlier_attempt_lives_waits_for_it(world: World, is_submitted: bool) -> None:
+    job = world.running()
+    world.cluster.left[f"{job.id}-1"] = ("worker 4711 on 10.0.0.2",)
+    world.cluster.end(f"{job.id}-1")
+    assert world.rounds(job, n=2).state is State.STARTING
+    if is_submitted:
+        world.rounds(job, n=1)
+    world.cancel(job, asked(mode="force"))
+    waiting = world.rounds(job, n=8)
+    assert waiting.state is State.CANCELLING
+    assert "worker 4711 on 10.0.0.2" in waiting.message
+    del world.cluster.left[f"{job.id}-1"]
+    assert world.rounds(job, n=1).state is State.CANCELLED
+    checked = last_event(world, job).data["checked"]
+    assert isinstance(checked, list)
+    assert checked[-1] == (
+        "no worker or actor of it lives by Ray's account"
+        if is_submitted
+        else "no worker or actor of an earlier attempt lives by Ray's account"
+    )
+
+
+def test_cancel_when_ray_has_forgotten_the_driver_is_not_called_verified(world: World) -> None:
+    job = world.running()
+    world.cluster.restart()
+    while world.job(job).state is State.RUNNING:
+        world.rounds(job, n=1)
+    assert (world.job(job).state, world.job(job).reason) == (State.RECOVERING, Reason.CLUSTER_LOST)
+    world.cancel(job, asked())
+    assert world.rounds(job, n=2).state is State.CANCELLED
+    detail = last_event(world, job).data
+    assert detail["cleanup"] == "unverified"
+    assert "Ray does not know the driver any more" in str(detail["pending"])
+
+
+def test_cancel_when_recovering_and_ray_is_away_waits_for_its_word(world: World) -> None:
+    job = world.running()
+    world.cluster.end(f"{job.id}-1")
+    world.rounds(job, n=1)
+    world.cluster.is_away = True
+    world.cancel(job, asked(seconds_ago=1000))
+    waiting = world.rounds(job, n=5)
+    assert (waiting.state, waiting.reason) == (State.CANCELLING, Reason.REQUESTED)
+    world.cluster.is_away = False
+    assert world.rounds(job, n=5).state is State.CANCELLED
+
+
 def test_cancel_when_its_end_cannot_be_verified_says_so_in_the_end(world: World) -> None:
     job = world.running()
     world.cluster.left[f"{job.id}-1"] = ("worker 4711 on 10.0.0.2",)

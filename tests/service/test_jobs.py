@@ -8,6 +8,7 @@ import pytest
 
 from service.jobs import (
     ACTIVE,
+    FORMER_MOVES,
     MOVES,
     IllegalMove,
     Job,
@@ -15,6 +16,7 @@ from service.jobs import (
     Reason,
     State,
     cancel_move,
+    changed_stages,
     check_move,
     first_id_at,
     legal_moves,
@@ -69,10 +71,25 @@ def test_cancel_move_when_legal_stays_in_the_table(state: State) -> None:
 
 def test_cancel_move_when_a_driver_may_live_waits_for_its_end() -> None:
     assert cancel_move(a_job(State.QUEUED)) is State.CANCELLED
-    assert cancel_move(a_job(State.RECOVERING, Reason.WORKER_LOST)) is State.CANCELLED
-    assert cancel_move(a_job(State.RECOVERING, Reason.CLUSTER_LOST)) is State.CANCELLING
+    for reason in Reason:
+        # However it was lost: a stage may outlive its driver.
+        assert cancel_move(a_job(State.RECOVERING, reason)) is State.CANCELLING
     assert cancel_move(a_job(State.RUNNING)) is State.CANCELLING
     assert cancel_move(a_job(State.CANCELLING)) is None
+
+
+def test_moves_when_something_of_a_job_may_run_do_not_end_it_as_cancelled() -> None:
+    assert {state for state in State if State.CANCELLED in MOVES[state]} == {State.QUEUED, State.CANCELLING}
+    assert not [(origin, to) for origin, to in FORMER_MOVES if to in MOVES[origin]]
+
+
+def test_changed_stages_are_those_that_stand_otherwise() -> None:
+    before = {"inspect": "done", "distill": "running"}
+    assert changed_stages(before, before) == {}
+    assert changed_stages(before, {"distill": "done", "publish": "pending"}) == {
+        "distill": "done",
+        "publish": "pending",
+    }
 
 
 def test_texts_when_read_by_a_person() -> None:

@@ -185,9 +185,39 @@ def test_decide_when_lost_again_and_again_waits_longer_and_gives_up() -> None:
     last = follow(a_job(State.RUNNING, losses=3), ray=KILLED)
     assert isinstance(last, Move)
     assert (last.to, last.reason) == (State.FAILED, Reason.WORKER_LOST)
-    assert "4 attempts were lost" in last.message
+    assert "4 attempts were lost without progress" in last.message
     assert isinstance(last.changes["error"], ErrorRecord)
     assert POLICY.backoff(1000) == timedelta(seconds=60)
+
+
+@pytest.mark.parametrize("known", [{"ray": KILLED, "silent_s": 0.5}, {"silent_s": 11.0}])
+def test_decide_when_an_attempt_made_progress_before_it_was_lost_counts_anew(known: dict[str, Any]) -> None:
+    """The eleventh loss of a job of many days does not end it, as long as each attempt gets further."""
+    job = a_job(State.RUNNING, losses=POLICY.max_infra_retries)
+    further = follow(job, status=a_status(kept=1), **known)
+    assert isinstance(further, Move)
+    assert (further.to, further.changes["losses"]) == (State.RECOVERING, 1)
+    assert further.changes["retry_at"] == NOW + timedelta(seconds=1)
+    nowhere = follow(job, status=a_status(kept=0), **known)
+    assert isinstance(nowhere, Move)
+    assert nowhere.to is State.FAILED
+
+
+def test_decide_when_no_retries_are_allowed_progress_gives_none() -> None:
+    attempt = Attempt(job=a_job(State.RUNNING), ray=KILLED, status=a_status(kept=5), result=None, silent_s=0)
+    snapshot = Snapshot(now=NOW, capacity=TWO_CPUS, attempts=(attempt,), queued=())
+    [move] = decide(snapshot, replace(POLICY, max_infra_retries=0))
+    assert isinstance(move, Move)
+    assert move.to is State.FAILED
+
+
+def test_decide_when_lost_hands_over_how_far_it_came() -> None:
+    for losses in (0, POLICY.max_infra_retries):
+        move = follow(a_job(State.RUNNING, losses=losses), ray=KILLED, **FRESH)
+        assert isinstance(move, Move)
+        assert move.changes["stages"] == {"distill": "running"}
+        assert move.changes["mlflow_run_id"] == "r"
+        assert move.changes.get("publication", "pending") == "pending"
 
 
 def test_decide_when_an_error_passes_again_and_again_counts_it_apart_from_losses() -> None:
@@ -274,7 +304,12 @@ def test_decide_when_cancelled_says_what_its_end_rests_on() -> None:
     assert verified.detail["checked"] == ["Ray says STOPPED", "no worker or actor of it lives by Ray's account"]
     silent = climb(asked(9), **STALE)
     assert isinstance(silent, Move)
+    assert silent.detail["cleanup"] == "unverified"
     assert silent.detail["checked"] == ["Ray knows no such driver", "silent for 11 s"]
+    unborn = climb(asked(9))
+    assert isinstance(unborn, Move)
+    assert unborn.detail["cleanup"] == "verified"
+    assert unborn.detail["checked"] == ["Ray knows no such driver", "no driver has ever reported"]
 
 
 def test_decide_when_a_cancelled_job_leaves_processes_waits_for_them_but_not_for_ever() -> None:

@@ -76,6 +76,8 @@ class Service(RuleBasedStateMachine):
         self.deleted: set[str] = set()
         self.forgotten: set[str] = set()
         """Drivers that live on though the cluster that started them is gone."""
+        self.seen: dict[str, int] = {}
+        """Events of each job whose moves have been looked at."""
         for number in range(count):
             self.submit(number + 10, priority=50, is_huge=False)
         self.go_on(3, 3)
@@ -157,8 +159,19 @@ class Service(RuleBasedStateMachine):
     @rule(seconds=st.integers(0, 12), rounds=st.integers(1, 4))
     def go_on(self, seconds: int, rounds: int) -> None:
         for _ in range(rounds):
-            self.world.controller.round()
+            self._round()
             self.world.seconds += seconds / rounds
+
+    def _round(self) -> None:
+        """One round of the controller; no end as cancelled is published while Ray knows of anything that is left."""
+        left, known = dict(self.world.cluster.left), set(self.world.cluster.jobs)
+        self.world.controller.round()
+        for job_id in self.specs:
+            for event in self.world.store.events(job_id, after=self.seen.get(job_id, 0), limit=1000):
+                self.seen[job_id] = event.seq
+                if event.data.get("to") == "cancelled" and event.data["from"] != "queued":
+                    alive = [name for name in left if name.startswith(job_id) and name in known]
+                    assert not alive, f"{job_id} is cancelled, and {alive} live"
 
     # Drivers
 
@@ -213,7 +226,26 @@ class Service(RuleBasedStateMachine):
             cluster.end(name, "SUCCEEDED" if code == 0 else "FAILED", exit_code=code)
         # Before and after the controller has seen it.
         if self.world.seconds % 2 < 1:
-            self.world.controller.round()
+            self._round()
+
+    @precondition(lambda self: self._drivers())
+    @rule(number=NUMBER, mode=st.sampled_from(["graceful", "force"]))
+    def cancel_what_outlives_its_driver(self, number: int, mode: str) -> None:
+        """A driver is killed, a stage of it lives on, and the end of the job is asked for, before or after that is seen."""
+        known = [name for name in self._drivers() if name in self.world.cluster.jobs]
+        if known:
+            name = known[number % len(known)]
+            self.world.cluster.left[name] = ("worker 4711 on 10.0.0.2",)
+            self._drive(name, "die")
+            self.go_on(number % 3, 1 + number % 2)
+            self.cancel(sorted(self.specs).index(name.rpartition("-")[0]), mode)
+            self.go_on(12, 4)
+
+    @precondition(lambda self: self.world.cluster.left)
+    @rule()
+    def stages_end(self) -> None:
+        """Whatever outlived its driver ends too."""
+        self.world.cluster.left.clear()
 
     @rule(number=NUMBER, code=st.sampled_from([0, 1]))
     def publish(self, number: int, code: int) -> None:
@@ -263,6 +295,7 @@ class Service(RuleBasedStateMachine):
     def _heal(self) -> None:
         """Everything is back, and all that waits is done."""
         self.storage.is_away = self.world.cluster.is_away = False
+        self.world.cluster.left.clear()
         self.world.cluster.cpus = 64.0
         for name in list(self.forgotten):
             self.forgotten.discard(name)
@@ -277,7 +310,7 @@ class Service(RuleBasedStateMachine):
                 if job.publish_at is not None and job.publication == "pending":
                     # The one pause that is counted by the clock on the wall.
                     self.world.store.report(job, publish_at=None)
-            self.world.controller.round()
+            self._round()
             self.world.seconds += 6
             if not self._unfinished():
                 return

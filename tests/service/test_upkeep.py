@@ -328,6 +328,20 @@ def test_doctor_when_rows_contradict_each_other_names_each(ncfm: Ncfm, store: St
         assert findings(ncfm)[0] == 0
 
 
+def test_doctor_when_a_history_has_a_move_that_is_not_made_any_more_lets_it_stand(ncfm: Ncfm, store: Store) -> None:
+    job = moved(store.move(new_job(store), State.STARTING, attempt=1))
+    for to in (State.RECOVERING, State.FAILED):
+        job = moved(store.move(job, to))
+    for end, is_wrong in (("cancelled", False), ("succeeded", True)):
+        with store.writing() as connection:
+            data = {"from": "recovering", "to": end}
+            connection.execute(update(events).where(events.c.seq == job.event_seq).values(data=data))
+            connection.execute(update(jobs).values(state=end))
+            connection.execute(update(attempts).values(outcome=end))
+        found = findings(ncfm)[1]
+        assert ("moves" in found) is is_wrong, found
+
+
 def test_doctor_when_files_are_missing_or_damaged_names_them(ncfm: Ncfm, store: Store, storage: Storage) -> None:
     job = ended(store, storage)
     path = job.artifacts[0].path

@@ -142,6 +142,13 @@ def test_notes_stand_before_the_message_until_they_are_taken_away(board: Board) 
     assert board.status().message == "distill runs"
 
 
+def test_status_counts_what_is_new_in_store(board: Board) -> None:
+    assert board.status().kept == 0, "an inspection is made again by every attempt"
+    board.kept()
+    board.kept()
+    assert board.status().kept == 2
+
+
 def test_part_that_is_made_again_opens_its_stage(board: Board) -> None:
     board.finished("teachers", "teacher 0", cached=True)
     board.finished("teachers", "teacher 1", cached=True)

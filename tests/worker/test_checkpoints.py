@@ -9,7 +9,7 @@ import torch
 from ncfm_core.progress import Progress
 from ncfm_core.spec import CheckpointSpec
 from worker.checkpoints import Checkpoints
-from worker.history import History, Picture
+from worker.history import History, Kept, Picture
 from worker.storage import Storage
 
 KEY = "sha256:" + "c" * 64
@@ -102,6 +102,20 @@ def test_successor_never_touches_what_an_attempt_wrote() -> None:
         successor.save(step, state(step), history(step))
     successor.clear()
     assert {path: storage.get(path) for path in storage.list("checkpoints")} == before
+
+
+def test_only_what_is_further_than_all_before_is_told_as_kept() -> None:
+    storage = Storage("memory://")
+    own = checkpoints(storage)
+    assert [list(own.keep(step, state(step), history(step))) for step in (10, 20)] == [[Kept(10)], [Kept(20)]]
+    newest = next(path for path in storage.list("checkpoints") if path.endswith("20.safetensors"))
+    storage.put(newest, b"damaged")
+    successor = checkpoints(storage, attempt=2)
+    saved = successor.newest()
+    assert saved is not None and saved.step == 10
+    # It only catches up with the one that was damaged.
+    told = [list(successor.keep(step, state(step), history(step))) for step in (20, 30)]
+    assert told == [[], [Kept(30)]]
 
 
 def test_checkpoint_of_another_key_is_not_taken() -> None:

@@ -20,6 +20,7 @@ from worker import patience
 from worker.driver.attempt import Assignment
 from worker.driver.board import Board
 from worker.driver.border import drive
+from worker.driver.pool import MAX_LOSSES
 from worker.records import (
     AttemptResult,
     AttemptStatus,
@@ -34,6 +35,7 @@ from worker.records import (
 from worker.settings import Surroundings
 from worker.site import Site
 from worker.storage import Storage
+from worker.tasks import WorkerLostError
 
 
 class InProcess(Protocol):
@@ -172,6 +174,45 @@ def test_second_job_goes_on_where_a_cancelled_one_saved_itself_to_the_same_bits(
     assert again.outcome == "succeeded"
     assert driver.images("rerun") == driver.images("first")
     assert {path: driver.storage.get(path) for path in driver.storage.list("checkpoints")} == saved
+
+
+def test_attempt_counts_what_no_attempt_before_it_had(driver: Driver, in_process: InProcess, spec: JobSpec) -> None:
+    """Results that it built and checkpoints that are new; not what it found, nor what every attempt does again."""
+    at_turn(in_process, "distill", 2, lambda: ask(driver.storage, 1, checkpoint=False))
+    assert driver(spec).outcome == "stopped"
+    built = len(driver.storage.list("results"))
+    assert driver.board.status().kept >= built > 0
+    assert driver.storage.list("checkpoints") == []
+    at_turn(in_process, "distill", 2, lambda: ask(driver.storage, 2, checkpoint=False))
+    assert driver(spec, 2).outcome == "stopped"
+    assert driver.board.status().kept == len(driver.storage.list("results")) - built
+    at_turn(in_process, "distill", 6, lambda: ask(driver.storage, 3, checkpoint=True))
+    assert driver(spec, 3).outcome == "stopped"
+    assert driver.board.status().kept > len(driver.storage.list("results")) - built, "a checkpoint counts too"
+
+
+@pytest.mark.parametrize("gets_further", [True, False])
+def test_stage_that_is_lost_again_and_again_is_begun_again_as_long_as_it_gets_further(
+    after_first: Driver, in_process: InProcess, changed: Change, gets_further: bool
+) -> None:
+    driver, losses, turns, reached = after_first, MAX_LOSSES + 2, 0, 0
+    for stored in driver.results("distill"):
+        driver.storage.delete([result_path(stored.key)])
+
+    def lose(label: str) -> None:
+        """After each new checkpoint, or after a few turns where there are none."""
+        nonlocal losses, turns, reached
+        turns += label == "distill"
+        paths = [path for path in driver.storage.list("checkpoints/J") if path.endswith(".json")]
+        furthest = max((int(Path(path).stem) for path in paths), default=0)
+        if label == "distill" and losses and (furthest > reached if gets_further else turns % 3 == 0):
+            losses, reached = losses - 1, furthest
+            raise WorkerLostError.of("", None, "a process of the cluster was lost", "")
+
+    in_process.before = lose
+    result = driver(changed(checkpoint={"every_steps": 10 if gets_further else 1000, "every_seconds": 3600.0}))
+    assert (result.outcome, losses) == (("succeeded", 0) if gets_further else ("failed", 1))
+    assert driver.board.status().kept >= 5 * gets_further
 
 
 def test_stopped_attempt_saves_nothing_where_that_is_not_asked_for(

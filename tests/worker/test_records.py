@@ -40,6 +40,12 @@ def test_result_of_an_older_worker_is_read() -> None:
     assert (result.publication, result.shortened, result.keys, result.data) == ("none", None, (), None)
 
 
+def test_status_of_an_older_driver_says_nothing_of_what_it_kept() -> None:
+    words = {"job_id": "J", "attempt": 1, "stage": "distill", "completed": 1, "total": 2, "unit": "step", "message": ""}
+    words |= {"stages": {}, "heartbeat_at": now(), "mlflow_run_id": None, "mlflow_url": None}
+    assert AttemptStatus.model_validate(words).kept == 0
+
+
 def test_records_cannot_be_changed() -> None:
     status = AttemptStatus(
         job_id="J",

@@ -72,11 +72,17 @@ class Board:
         self._stages: dict[StageName, _StageState] = {}
         self._share = JobShare()
         self._notes: dict[str, str] = {}
+        self._kept = 0
         self._lock = threading.Lock()
 
     def tracked(self, run_id: str, url: str) -> None:
         """There is an MLflow run."""
         self.mlflow_run_id, self.mlflow_url = run_id, url
+
+    def kept(self) -> None:
+        """Something new is in store: whoever comes next goes on from there."""
+        with self._lock:
+            self._kept += 1
 
     def note(self, topic: str, text: str) -> None:
         """Keep a line in front of the message until it is replaced, or taken away by an empty one."""
@@ -167,6 +173,7 @@ class Board:
                 heartbeat_at=now(),
                 mlflow_run_id=self.mlflow_run_id,
                 mlflow_url=self.mlflow_url,
+                kept=self._kept,
             )
 
 

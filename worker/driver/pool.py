@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ncfm_core.errors import DamagedError, NcfmError, StoppedError
 from worker.evidence import Results
-from worker.history import Event
+from worker.history import Event, Kept
 from worker.plan import Build
 from worker.records import StageResult, StopRequest
 from worker.site import Site
@@ -36,7 +36,7 @@ LOOK_AGAIN_S = 1.0
 """Between two looks for a result that another job builds."""
 LISTEN_S = 0.25
 MAX_LOSSES = 3
-"""Times that one result is begun again in an attempt after its process was lost."""
+"""Times in a row that one result is begun again in an attempt after its process was lost: a new checkpoint begins a new row."""
 MAX_DAMAGES = 3
 """Results that are built again in an attempt after they were found damaged while in use."""
 
@@ -283,6 +283,8 @@ class Pool:
                 running.has_begun = True
                 self._observer.started(running.order.build)
             else:
+                if isinstance(event, Kept):
+                    running.losses = 0
                 self._observer.happened(running.order.build, event)
 
     def _end(self, running: _Running) -> None:

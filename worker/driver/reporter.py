@@ -13,7 +13,7 @@ from worker.driver.board import Board
 from worker.driver.live import Tracker
 from worker.driver.story import metric_prefix
 from worker.evidence import accuracy_in, in_words
-from worker.history import Event, Notice, Picture, Trouble, row_of
+from worker.history import Event, Kept, Notice, Picture, Trouble, row_of
 from worker.patience import when_there_is_room
 from worker.plan import Build
 from worker.records import StageName, StageResult
@@ -65,6 +65,8 @@ class Reporter:
             self.say(event.message)
         elif isinstance(event, Trouble):
             self.trouble(event)
+        elif isinstance(event, Kept):
+            self.board.kept()
         elif isinstance(event, Picture):
             if self._tracker is not None:
                 self._tracker.offer_picture(event)
@@ -127,6 +129,8 @@ class Reporter:
     def finished(self, build: Build, result: StageResult, *, cached: bool) -> None:
         self._no_longer_waits(build)
         self.board.keys[result.key] = None
+        if not cached:
+            self.board.kept()
         self.board.finished(build.stage, build.label, cached=cached)
         found = result.figures.get("accuracy")
         accuracy = ""
