@@ -63,6 +63,8 @@ class Board:
         self.mlflow_url: str | None = None
         self.data: dict[str, JsonValue] | None = None
         """What the inspection found."""
+        self.gpus: float | None = None
+        """What each task takes, once that is known."""
         self.keys: dict[str, None] = {}
         """Of the results so far, in order."""
         self.job_id, self.attempt = job_id, attempt
@@ -148,6 +150,7 @@ class Board:
                 heartbeat_at=now(),
                 mlflow_run_id=self.mlflow_run_id,
                 mlflow_url=self.mlflow_url,
+                gpus=self.gpus,
             )
 
 
