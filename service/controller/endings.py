@@ -15,7 +15,8 @@ from worker.records import EXIT_USER_ERROR, AttemptResult, ErrorRecord
 
 MAX_CAUSE_CHARS = 300
 STORAGE_FULL = "storage_full"
-"""Code of an attempt's error (ncfm_core.errors)."""
+NO_ROOM = "resources_unavailable"
+"""Codes of an attempt's error (ncfm_core.errors)."""
 
 
 def ended(attempt: Attempt, result: AttemptResult, snapshot: Snapshot, policy: Policy) -> Move:
@@ -34,6 +35,11 @@ def ended(attempt: Attempt, result: AttemptResult, snapshot: Snapshot, policy: P
     if result.retryable:
         reason = Reason.STORAGE_FULL if error.code == STORAGE_FULL else Reason.ATTEMPT_FAILED
         return _retry(job, reason, message, error, snapshot=snapshot, policy=policy)
+    if error.code == NO_ROOM:
+        # Nodes come and go: the user is told, and it waits (`admission.lacks`).
+        pause = timedelta(seconds=policy.room_pause_s)
+        waiting = f"waits for room on the cluster: {message}"
+        return Move(job, State.RECOVERING, Reason.EXCEEDS_CLUSTER, waiting, {"retry_at": snapshot.now + pause})
     reason = Reason.INTERNAL if error.code == "internal" else Reason.USER_ERROR
     return Move(job, State.FAILED, reason, message, changes | {"error": error, "publication": publication(job, result)})
 
