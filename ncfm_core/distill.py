@@ -26,7 +26,7 @@ from ncfm_core.discrepancy import (
     Target,
     characteristic_function_by_class,
 )
-from ncfm_core.errors import CheckpointError, ResourcesError
+from ncfm_core.errors import CheckpointError, OutOfMemoryError
 from ncfm_core.execution import (
     BACKWARD_FORWARDS,
     Execution,
@@ -146,7 +146,7 @@ class Distillation:
         (cross-entropy), `psi_gain` (rise of the gap by psi's ascent, at fixed root mean square of the scales) and `image_lr`.
 
         Raises:
-            ResourcesError: a step does not fit the memory, even in halves.
+            OutOfMemoryError: a step does not fit the memory, even in halves.
         """
         until = self.total if until is None else min(until, self.total)
         sums = torch.zeros(3, device=self.synthetic.images.device)
@@ -220,7 +220,7 @@ class Distillation:
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            raise ResourcesError.of(
+            raise OutOfMemoryError.of(
                 "resources.memory_limit",
                 None,
                 f"a step does not fit the memory of {self.synthetic.images.device}, even with {self.execution}",

@@ -8,6 +8,7 @@ NcfmError
     DamagedError      it is missing or differs from its record
   CheckpointError  a checkpoint does not belong to this run
   ResourcesError   the cluster can never hold what the spec demands
+    OutOfMemoryError  a stage does not fit the memory of its device
   TrackingError    the MLflow server cannot be used
   LimitError       the job's wall time was over too early
   StoppedError     the job was asked to stop
@@ -116,6 +117,12 @@ class ResourcesError(NcfmError):
     """The cluster can never hold what the spec demands."""
 
     code = "resources_unavailable"
+
+
+class OutOfMemoryError(ResourcesError):
+    """A stage does not fit the memory of its device: unlike a cluster, that will not have more of it later."""
+
+    code = "out_of_memory"
 
 
 class TrackingError(NcfmError):

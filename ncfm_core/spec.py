@@ -282,11 +282,20 @@ class ResourcesSpec(Part):
     """What a stage takes of the cluster. Never changes a result's key."""
 
     gpus: Literal["auto"] | Annotated[float, Field(ge=0, le=64)]
-    """`auto`: one where the cluster has any, else none."""
+    """A share of one, or a whole number; `auto`: one where the cluster has any, else none."""
     cpus: Annotated[int, Field(ge=1, le=1024)]
     """CPUs, which are also the threads of a stage."""
     memory_limit: Annotated[int, Field(ge=16, le=1_000_000)] | None
     """MiB that the activations of a distillation step may take; null for what is fast on the device."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _can_be_given(cls, gpus: float | Literal["auto"]) -> float | Literal["auto"]:
+        if gpus != "auto" and gpus > 1 and not float(gpus).is_integer():
+            raise ValueError(
+                "a GPU is shared only by tasks that take a part of one: ask for at most 1, or a whole number"
+            )
+        return gpus
 
 
 class CheckpointSpec(Part):

@@ -20,6 +20,7 @@ class Sighting:
     cpus: float | None = None
     """Totals of the cluster; None before it was first seen."""
     gpus: float | None = None
+    """Likewise; those that went away count until they have been away for some minutes."""
     seen_at: datetime | None = None
     """When Ray last answered."""
     checked_at: datetime

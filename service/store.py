@@ -7,7 +7,8 @@ place, nothing of it is applied.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -25,6 +26,8 @@ from service.leases import check_fence
 from service.sightings import Sighting, Sightings
 from service.tables import UtcDateTime, attempts, events, idempotency, jobs
 from worker.records import now
+
+logger = logging.getLogger("ncfm.store")
 
 __all__ = ["CONTROLLER", "Actor", "IdempotencyKey", "KeyReused", "Sighting", "Store"]
 
@@ -76,6 +79,8 @@ class Store(Sightings):
         """
         # An empty database gets its tables first, the lease's among them.
         self.fence: int | None = None
+        self._unreadable: set[tuple[str, int]] = set()
+        """Jobs, each with its version, that were told to be so."""
         super().__init__(url)
         self.fence = fence
 
@@ -187,7 +192,7 @@ class Store(Sightings):
             exceeds = jobs.c.reason.is_not_distinct_from(Reason.EXCEEDS_CLUSTER)
             # By id, since a job may change between the two.
             rows = {row.id: row for each in (~exceeds, exceeds) for row in connection.execute(query.where(each))}
-        return sorted((_job(row) for row in rows.values()), key=lambda job: (job.rank, job.id))
+        return sorted(self._readable(rows.values()), key=lambda job: (job.rank, job.id))
 
     def position(self, job: Job) -> int:
         """How many queued jobs go before this one."""
@@ -209,7 +214,7 @@ class Store(Sightings):
         """Jobs that hold a share of the cluster, oldest first."""
         query = select(jobs).where(jobs.c.state.in_(ACTIVE)).order_by(jobs.c.id)
         with self.reading() as connection:
-            return [_job(row) for row in connection.execute(query)]
+            return self._readable(connection.execute(query))
 
     def unpublished(self, *, limit: int, at: datetime) -> list[Job]:
         """Ended jobs whose MLflow run is due to be completed, oldest first."""
@@ -217,7 +222,22 @@ class Store(Sightings):
         ended = jobs.c.state.in_([state for state in State if state.is_terminal])
         query = select(jobs).where(jobs.c.publication == "pending", ended, due).order_by(jobs.c.id).limit(limit)
         with self.reading() as connection:
-            return [_job(row) for row in connection.execute(query)]
+            return self._readable(connection.execute(query))
+
+    def _readable(self, rows: Iterable[Row[Any]]) -> list[Job]:
+        """The jobs that the controller can work on: one row that is damaged, or of a later release, must not stop the others."""
+        found = []
+        for row in rows:
+            try:
+                job = _job(row)
+                _ = job.demand
+            except (ValueError, TypeError, KeyError) as error:
+                if (row.id, row.version) not in self._unreadable:
+                    self._unreadable.add((row.id, row.version))
+                    logger.error("job %s cannot be read and is left as it is: %s", row.id, error)
+            else:
+                found.append(job)
+        return found
 
     def attempts(self, job_id: str) -> list[AttemptRecord]:
         query = select(attempts).where(attempts.c.job_id == job_id).order_by(attempts.c.number)

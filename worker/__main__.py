@@ -22,6 +22,7 @@ from worker.spec_file import load_spec
 from worker.storage import Storage
 
 RUN_STATUSES = ("FINISHED", "FAILED", "KILLED")
+MAX_GPUS = 64
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """It becomes part of paths in the storage root."""
 
@@ -78,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE")
     run, publish = commands.choices["run"], commands.choices["publish"]
     run.add_argument("--job-id", help="id of the job (default: a new one)")
+    run.add_argument(
+        "--gpus",
+        type=float,
+        help="what `resources.gpus: auto` stands for (default: 1 where the cluster has any, else 0)",
+    )
     run.add_argument("--started-at", help="when the job was first started, RFC 3339 (default: now)")
     publish.add_argument("--job-id", required=True, help="id of the job")
     publish.add_argument("--status", choices=RUN_STATUSES, help="of the run (default: what the attempt came to)")
@@ -126,7 +132,9 @@ def _run(options: argparse.Namespace, surroundings: Surroundings, stop: Stop) ->
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.getLogger("worker").addHandler(handler)
-    request = Request(spec=spec, job_id=options.job_id, attempt=options.attempt, started_at=started_at)
+    request = Request(
+        spec=spec, job_id=options.job_id, attempt=options.attempt, started_at=started_at, gpus=options.gpus
+    )
     result, headline = run(request, surroundings, on_connected=stop.install)
     if result.error is not None:
         for problem in result.error.problems:
@@ -158,6 +166,9 @@ def _publish(options: argparse.Namespace, surroundings: Surroundings) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
+    gpus = getattr(options, "gpus", None)
+    if gpus is not None and not 0 <= gpus <= MAX_GPUS:
+        raise SpecError.of("--gpus", gpus, f"must be 0 to {MAX_GPUS}", "")
     if options.attempt < 1:
         raise SpecError.of("--attempt", options.attempt, "must be at least 1", "")
     if options.job_id is not None and not JOB_ID.fullmatch(options.job_id):

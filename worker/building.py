@@ -73,6 +73,7 @@ class Building:
             files = files | {HISTORY_FILE: self.history.encode()}
         figures = figures | {"peak_memory_bytes": peak_memory(self._site.device)}
         seconds = round(self.seconds(), 3)
+        folder = object_folder(self._site.built_by, stage, key)
 
         def write() -> StageResult:
             result = StageResult(
@@ -80,7 +81,7 @@ class Building:
                 stage=stage,
                 built_by=self._site.built_by,
                 created_at=now(),
-                files=self._storage.write_files(object_folder(self._site.built_by, stage, key), files),
+                files=self._storage.write_files(folder, files),
                 figures=figures,
                 seconds=seconds,
                 environment=self.environment,

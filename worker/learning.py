@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from ncfm_core.datasets import Dataset
 from ncfm_core.distill import Distillation
-from ncfm_core.errors import DamagedError, LimitError
+from ncfm_core.errors import DamagedError, LimitError, StorageError
 from ncfm_core.pools import TeacherTraining
 from ncfm_core.progress import Progress
 from ncfm_core.spec import ModelSpec, NcfmSpec, TrainingSpec
@@ -85,7 +85,7 @@ def teacher(
         raise stopped()
     figures: dict[str, JsonValue] = {"accuracy": task.accuracy(), "steps": task.total}
     result = yield from building.commit({WEIGHTS_FILE: safetensors.torch.save(task.result())}, figures)
-    checkpoints.clear()
+    yield from _cleared(checkpoints)
     return result
 
 
@@ -147,7 +147,7 @@ def distill(
     figures = {"steps": task.step, "halvings": task.halvings, **_last(building.history), **rates, **shortened}
     result = yield from building.commit(run.files(), figures, key=key)
     if not shortened:
-        run.checkpoints.clear()
+        yield from _cleared(run.checkpoints)
     return result
 
 
@@ -234,6 +234,14 @@ class _Run:
         if all(picture.step != step for picture in self._pictures):
             self._pictures += (Picture(step, png(self._task.synthetic.grid())),)
             yield self._pictures[-1]
+
+
+def _cleared(checkpoints: Checkpoints) -> Events:
+    """Remove them: the result is there, and does not fail for what is left beside it."""
+    try:
+        checkpoints.clear()
+    except StorageError as error:
+        yield Notice(f"checkpoints are left behind: {error}")
 
 
 def _found(storage: Storage, key: str) -> StageResult | None:

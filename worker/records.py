@@ -7,7 +7,7 @@ jobs/<job>/attempts/<n>/driver.log           what the driver logged
 jobs/<job>/attempts/<n>/reserve              room that a running attempt gives up to say that the storage is full
 jobs/<job>/attempts/<n>/stop.json            StopRequest, written by whoever wants the attempt to end
 jobs/<job>/set/<name>                        a plain copy of the published set, for people
-objects/<job>-<n>/<stage>-<key>/<name>       files of stage results, immutable
+objects/<job>-<n>/<stage>-<key>-<try>/<name> files of stage results, immutable
 results/<key>.json                           StageResult, created only if absent: the commit
 damaged/<key>-<n>.json                       a StageResult whose files were found missing or damaged, out of the way
 checkpoints/<job>/<key>/<n>/<step>.safetensors   with <step>.json (CheckpointRecord) as its commit
@@ -18,6 +18,7 @@ Readers ignore keys that they do not know, so that an older controller can follo
 
 from __future__ import annotations
 
+import secrets
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -151,6 +152,8 @@ class AttemptStatus(Record):
     """Until the end of the whole job, as of the last progress."""
     kept: int = 0
     """How often it has put in store what no attempt before it had: a stage result, or a checkpoint further than all others."""
+    gpus: float | None = None
+    """What each task takes; None before that is known."""
 
 
 class StopRequest(Record):
@@ -231,8 +234,11 @@ def damaged_path(key: str, number: int) -> str:
 
 
 def object_folder(built_by: str, stage: StageName, key: str) -> str:
-    """Where an attempt (`<job>-<attempt>`) puts the files of one result."""
-    return f"objects/{built_by}/{stage}-{key.removeprefix('sha256:')[:12]}"
+    """Where an attempt (`<job>-<attempt>`) puts the files of one result: another folder at each call.
+
+    A task may be lost after its commit: the one that follows must not write over files that a result already names.
+    """
+    return f"objects/{built_by}/{stage}-{key.removeprefix('sha256:')[:12]}-{secrets.token_hex(4)}"
 
 
 def checkpoint_root(job_id: str) -> str:

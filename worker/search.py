@@ -8,11 +8,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import ray
+import ray.cloudpickle
 import yaml
 from ray import tune
+from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -24,14 +27,25 @@ from worker.history import HISTORY_FILE, History, Trouble
 from worker.patience import when_there_is_room
 from worker.plan import held_out
 from worker.records import StageResult, now, object_folder
-from worker.settings import prepare_trial
+from worker.settings import prepare_search, prepare_trial
 from worker.site import Site
 from worker.storage import Storage
 from worker.tasks import Demand
-from worker.trials import BEST_FILE, TRIALS_FILE, Trial, best_of, best_spec, with_params, write_trial
+from worker.trials import (
+    BEST_FILE,
+    TRIALS_FILE,
+    Trial,
+    best_of,
+    best_spec,
+    check_complete,
+    with_params,
+    write_trial,
+)
 
 REDUCTION_FACTOR = 2
 """ASHA keeps the better half at each rung."""
+MAX_FAILURES = 2
+"""Times that one trial is begun again after it failed or was lost."""
 
 
 def search(
@@ -58,6 +72,10 @@ def search(
         demand: of each trial.
         report: told of every rung, and of a storage that is full.
         check: called several times a second; what it raises ends the search.
+
+    Raises:
+        SearchCutError: not all trials came to their end; nothing is committed.
+        SearchError: all of them failed.
     """
     assert spec.search is not None
     started = time.monotonic()
@@ -68,6 +86,7 @@ def search(
         report(progress)
 
     trials = _tune(site, dataset, spec=spec, teachers=teachers, demand=demand, report=keep, check=check)
+    check_complete(trials, spec.search.trials)
     best = best_of(trials)
     document = best_spec(spec, best.params).document()
     files = {
@@ -76,6 +95,7 @@ def search(
         HISTORY_FILE: history.encode(),
     }
     seconds = round(time.monotonic() - started, 3)
+    folder = object_folder(site.built_by, "search", key)
 
     def write() -> StageResult:
         result = StageResult(
@@ -83,7 +103,7 @@ def search(
             stage="search",
             built_by=site.built_by,
             created_at=now(),
-            files=storage.write_files(object_folder(site.built_by, "search", key), files),
+            files=storage.write_files(folder, files),
             figures={
                 "best": best.params,
                 "trial": best.index,
@@ -128,7 +148,6 @@ class _Collector(tune.Callback):
     ) -> None:
         self.trials: dict[str, Trial] = {}
         self._total, self._rungs, self._report, self._check = total, rungs, report, check
-        self._stopped: set[str] = set()
 
     def __reduce__(self) -> tuple[type, tuple[int, int, Callable[[Progress], None]]]:
         """Tune saves its callbacks for a restore, which is not used here: whom to tell stays behind."""
@@ -147,12 +166,20 @@ class _Collector(tune.Callback):
         self._tell(self._trial(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._stopped.add(trial.trial_id)
+        self._trial(trial).is_over = True
         self._tell(self._trial(trial))
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """It begins again from its start."""
+        self._trial(trial).rows.clear()
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._trial(trial).error = str(trial.get_error() or "lost")[:400]
-        self._stopped.add(trial.trial_id)
+        entry, error = self._trial(trial), _error_of(trial)
+        # What the trial itself raises comes as a RayTaskError, and anything else from where it ran.
+        entry.is_over, entry.is_lost = True, not isinstance(error, RayTaskError)
+        reason = error.cause if isinstance(error, RayTaskError) else error
+        first_line = str(reason or "").strip().partition("\n")[0]
+        entry.error = f"{type(reason).__name__}: {first_line}"[:400] if reason else "lost"
 
     def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
         """Those that never came to run say so too: Tune tells nobody of them."""
@@ -160,7 +187,7 @@ class _Collector(tune.Callback):
             entry = self._trial(trial)
             if trial.status == "ERROR" and not entry.error:
                 lines = str(trial.get_error() or "Ray Tune could not start it").strip().splitlines()
-                entry.error = f"lost: {lines[-1]}"[:400]
+                entry.error, entry.is_lost = f"lost: {lines[-1]}"[:400], True
 
     def _trial(self, trial: Any) -> Trial:
         params = dict(trial.config)
@@ -168,10 +195,19 @@ class _Collector(tune.Callback):
 
     def _tell(self, trial: Trial) -> None:
         """A trial that was stopped early counts as if it had run to its end."""
-        done = sum(self._rungs if name in self._stopped else each.rungs() for name, each in self.trials.items())
+        done = sum(self._rungs if each.is_over else each.rungs() for each in self.trials.values())
         best = max(each.accuracy() for each in self.trials.values())
         metrics = {"accuracy": trial.accuracy(), "best_accuracy": best}
         self._report(Progress(done, self._total * self._rungs, "rung", metrics))
+
+
+def _error_of(trial: Any) -> Exception | None:
+    """The last error of a trial, from where Tune has just put it: `trial.get_error` looks where it comes to later."""
+    path = trial.pickled_error_file
+    if not path or not Path(path).exists():
+        return None
+    error: Exception = ray.cloudpickle.loads(Path(path).read_bytes())
+    return error
 
 
 def _tune(
@@ -186,6 +222,7 @@ def _tune(
 ) -> list[Trial]:
     search = spec.search
     assert search is not None
+    prepare_search()
     collector = _Collector(search.trials, search.rungs, report, check)
     # The reference goes inside a list: given bare, every trial would get the data copied into its arguments.
     trainable = tune.with_parameters(_run_trial, site=site, dataset=[dataset], spec=spec, teachers=list(teachers))
@@ -201,7 +238,13 @@ def _tune(
                 search_alg=BasicVariantGenerator(random_state=spec.seed),
                 reuse_actors=True,
             ),
-            run_config=tune.RunConfig(storage_path=folder, name="search", callbacks=[collector], verbose=0),
+            run_config=tune.RunConfig(
+                storage_path=folder,
+                name="search",
+                callbacks=[collector],
+                failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+                verbose=0,
+            ),
         )
         # Tune prints tables to the output of the process, which belongs to the caller.
         with contextlib.redirect_stdout(io.StringIO()):

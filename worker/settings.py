@@ -128,6 +128,11 @@ def prepare_trial() -> None:
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "120")
 
 
+def prepare_search() -> None:
+    """Leave the signals of this process with it: Ray Tune would take Ctrl-C for the regular end of the search."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+
+
 def prepare_own_ray() -> None:
     """Let a Ray cluster of this process's own listen on 127.0.0.1, for a token that only it and its workers know."""
     os.environ["RAY_AUTH_MODE"] = "token"

@@ -81,7 +81,11 @@ class Storage:
             raise StorageError.of("storage", path, "there is no such object", "It may have been removed by hand.")
         end = size if end is None else min(end, size)
         for at in range(start, end, CHUNK_BYTES):
-            yield bytes(obstore.get_range(self._store, path, start=at, end=min(at + CHUNK_BYTES, end)))
+            try:
+                chunk = bytes(obstore.get_range(self._store, path, start=at, end=min(at + CHUNK_BYTES, end)))
+            except (BaseError, OSError) as error:
+                raise self._failed(path, "cannot be read to its end", error) from error
+            yield chunk
 
     def size(self, path: str) -> int | None:
         """Bytes of the object, or None."""

@@ -24,6 +24,8 @@ from worker.stopping import StopWatch, in_trouble_no_longer
 from worker.storage import Storage
 
 NAMESPACE = "ncfm"
+UNITS = 10_000
+"""Ray counts resources in these parts of one."""
 CLUSTER_FOLDER = "/tmp"
 """Above the folder of an own cluster: Ray puts sockets below it, whose paths may have 107 characters."""
 SAVING: frozenset[Kind] = frozenset({"teacher", "distill"})
@@ -98,8 +100,20 @@ class Node:
 
     def slots(self, demand: Demand) -> int:
         """Tasks of this demand that fit at once."""
-        by_gpu = int(self.gpus / demand.gpus) if demand.gpus else int(self.cpus)
-        return min(int(self.cpus / demand.cpus), by_gpu)
+        by_cpu = _units(self.cpus) // _units(demand.cpus)
+        return min(by_cpu, self._by_gpu(demand.gpus)) if demand.gpus else by_cpu
+
+    def _by_gpu(self, each: float) -> int:
+        """Several tasks may share one GPU, but none takes parts of two."""
+        if each > 1:
+            return _units(self.gpus) // _units(each)
+        whole, rest = divmod(_units(self.gpus), UNITS)
+        return whole * (UNITS // _units(each)) + rest // _units(each)
+
+
+def _units(amount: float) -> int:
+    """As Ray counts: 0.3 / 0.1 is less than 3 otherwise."""
+    return max(1, round(amount * UNITS)) if amount else 0
 
 
 def nodes() -> tuple[Node, ...]:
@@ -108,13 +122,19 @@ def nodes() -> tuple[Node, ...]:
     return tuple(Node(float(each.get("CPU", 0)), float(each.get("GPU", 0))) for each in alive)
 
 
-def demand(resources: ResourcesSpec, cluster: tuple[Node, ...]) -> Demand:
-    """What the tasks of a job take on this cluster; `gpus: auto` is one where there is any.
+def demand(resources: ResourcesSpec, cluster: tuple[Node, ...], *, auto: float | None = None) -> Demand:
+    """What the tasks of a job take on this cluster.
+
+    Args:
+        resources: of the spec.
+        cluster: its nodes.
+        auto: what `gpus: auto` stands for; None for one where there is any.
 
     Raises:
         ResourcesError: no node could ever hold one task.
     """
-    auto = 1.0 if any(node.gpus for node in cluster) else 0.0
+    if auto is None:
+        auto = 1.0 if any(node.gpus for node in cluster) else 0.0
     wanted = Demand(resources.cpus, auto if resources.gpus == "auto" else resources.gpus)
     if any(node.slots(wanted) for node in cluster):
         return wanted
@@ -141,7 +161,6 @@ def _inspect(spec: DatasetSpec, access: DataAccess, held_out: tuple[float, int] 
     return inspect(spec, access, held_out=held_out)
 
 
-@ray.remote
 def _run_stage(
     kind: Kind, site: Site, dataset: Any, arguments: dict[str, Any]
 ) -> Generator[Event | StageResult, None, None]:
@@ -156,6 +175,13 @@ def _run_stage(
     yield result
 
 
+_ON_CPU = cast(Any, ray).remote(_run_stage)
+"""Its processes are used again: importing torch takes seconds."""
+_ON_GPU = cast(Any, ray).remote(max_calls=1)(_run_stage)
+"""Its processes end with their task: torch stays with the devices of its first look, and keeps their memory. Ray sees to that
+itself only where the GPUs are named in the decorator."""
+
+
 def inspect(
     spec: DatasetSpec, access: DataAccess, *, held_out: tuple[float, int] | None, demand: Demand
 ) -> tuple[Any, Any]:
@@ -168,7 +194,8 @@ def inspect(
 def start(kind: Kind, site: Site, dataset: Any, arguments: dict[str, Any], *, demand: Demand, label: str) -> Any:
     """Submit a stage; the generator's references are its events and, last, its `StageResult`."""
     # Ray would run a lost task again from its start without a word; the builder does that itself, and says so.
-    options = cast(Any, _run_stage).options(num_returns="streaming", max_retries=0, name=label, **demand.options())
+    task = _ON_GPU if demand.gpus else _ON_CPU
+    options = task.options(num_returns="streaming", max_retries=0, name=label, **demand.options())
     return options.remote(kind, site, dataset, arguments)
 
 
@@ -246,7 +273,7 @@ def reserve(key: str, built_by: str) -> Reservation | None:
         return None
 
 
-def builder_of(key: str, timeout_s: float = 2.0) -> str | None:
+def builder_of(key: str, timeout_s: float = 0.5) -> str | None:
     """Who builds a key (`<job>-<attempt>`); None where nobody does or they do not answer in time."""
     try:
         holder = cast(Any, ray).get_actor(key, namespace=NAMESPACE)

@@ -280,12 +280,15 @@ def _tagged(name: str, value: str) -> str:
 
 
 def _metrics(rows: Iterable[tuple[str, Row]], logged: Mapping[str, set[int]]) -> list[Metric]:
-    return [
-        Metric(prefix + name, value, int(row["time"]), int(row["step"]))
-        for prefix, row in rows
-        for name, value in row.items()
-        if name not in ("step", "time") and int(row["step"]) not in logged.get(prefix + name, ())
-    ]
+    """What the server lacks; of a step that comes twice, as after a stage began again, the first."""
+    found: dict[tuple[str, int], Metric] = {}
+    for prefix, row in rows:
+        step = int(row["step"])
+        for name, value in row.items():
+            key = prefix + name
+            if name not in ("step", "time") and step not in logged.get(key, ()):
+                found.setdefault((key, step), Metric(key, value, int(row["time"]), step))
+    return list(found.values())
 
 
 def _pictured_step(path: str) -> int | None:

@@ -22,6 +22,12 @@ class SearchError(NcfmError):
     code = "search_failed"
 
 
+class SearchCutError(NcfmError):
+    """A search ended before all of its trials had: what it found so far is not what was asked for."""
+
+    code = "search_cut"
+
+
 @dataclass(slots=True)
 class Trial:
     """One sample of the space and what it reported at its rungs."""
@@ -30,6 +36,10 @@ class Trial:
     params: dict[str, JsonValue]
     rows: list[Row] = field(default_factory=list)
     error: str = ""
+    is_lost: bool = False
+    """Whether it failed with its process or node, and not by itself."""
+    is_over: bool = False
+    """Whether it was heard to the end: of its steps, by the scheduler's rule, or with an error."""
 
     def rungs(self) -> int:
         return len(self.rows)
@@ -60,6 +70,21 @@ def best_of(trials: Sequence[Trial]) -> Trial:
         reasons = sorted({trial.error for trial in trials if trial.error})
         raise SearchError(Problem("search", "", f"every trial failed: {'; '.join(reasons)[:400]}", "Narrow the space."))
     return max((trial for trial in trials if trial.rungs() == furthest), key=Trial.accuracy)
+
+
+def check_complete(trials: Sequence[Trial], wanted: int) -> None:
+    """A result stands for good: that of a part of the trials would be taken for the whole search by every later job.
+
+    Raises:
+        SearchCutError: some trials never began, were broken off, or were lost with where they ran.
+    """
+    lost = [trial for trial in trials if trial.is_lost]
+    over = sum(trial.is_over and not trial.is_lost for trial in trials)
+    if over >= wanted and not lost:
+        return
+    reasons = f": {lost[0].error}" if lost else ""
+    message = f"it ended with {over} of its {wanted} trials, {len(lost)} were lost{reasons}"
+    raise SearchCutError.of("search", None, message, "It is tried again from its start.")
 
 
 def read_trials(data: bytes) -> list[Trial]:

@@ -114,7 +114,7 @@ def read_histories(job: Job, storage: Storage) -> Iterator[History]:
     for attempt in range(job.attempt, 0, -1):
         for path in storage.list(f"objects/{job.id}-{attempt}"):
             folder = PurePosixPath(path).parent.name
-            stage, _, key = folder.partition("-")
+            stage, key = [*folder.split("-"), ""][:2]
             if PurePosixPath(path).name == HISTORY and key not in seen and len(seen) < MAX_HISTORIES:
                 seen.add(key)
                 yield History(stage, key, True, _rows(storage.get(path) or b""))

@@ -76,8 +76,8 @@ class Act:
             case Report(job, changes, event) if event is not None:
                 self._store.note(job, "stage", event, **changes)
                 reached("after_stage_noted")
-            case Submit(job):
-                self._submit(job)
+            case Submit(job, gpus):
+                self._submit(job, gpus)
             case RequestStop():
                 self._request_stop(action)
             case Stop(job):
@@ -125,11 +125,11 @@ class Act:
         )
         return True
 
-    def _submit(self, job: Job) -> None:
+    def _submit(self, job: Job, gpus: float | None) -> None:
         reached("before_submit")
         self._check()
         try:
-            self._launch.submit(job, self._storage, self._cluster)
+            self._launch.submit(job, self._storage, self._cluster, gpus=gpus)
         except SubmissionRefused as error:
             self._refused(job, error)
             return

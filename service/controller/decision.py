@@ -31,6 +31,8 @@ class Policy:
 
     storage_pause_s: float = 30.0
     """Between two attempts while the storage root is full."""
+    room_pause_s: float = 30.0
+    """Before the attempt that follows one whose driver found no node to hold it."""
     cleanup_limit_s: float = 300.0
     """A cancelled job whose end cannot be verified is given up on this long after its driver should have gone."""
     max_publishers: int = 2
@@ -71,6 +73,8 @@ class Attempt:
     """Whether the driver has been asked to end of itself."""
     remains: tuple[str, ...] | None = None
     """Processes of it that still live by Ray's account; None where that was not asked."""
+    gpus: float | None = None
+    """What each task of the last attempt that said so took; None where none did, or where nobody needs it now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,8 @@ class Snapshot:
     attempts: tuple[Attempt, ...]
     queued: tuple[Job, ...]
     """In the order in which they may start."""
+    awaits_gpus: bool = False
+    """Whether the cluster has no GPU, but had some until a few minutes ago."""
     publications: tuple[Publication, ...] = ()
     mlflow_error: str = ""
     """Why MLflow could not be reached when it was last asked."""
@@ -136,6 +142,8 @@ class Submit:
     """Hand the current attempt to Ray; handing it over twice starts one."""
 
     job: Job
+    gpus: float | None = None
+    """What `gpus: auto` stands for; None for what the driver finds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,14 @@ from worker.records import EXIT_USER_ERROR, AttemptResult, AttemptStatus, ErrorR
 
 MAX_CAUSE_CHARS = 300
 STORAGE_FULL = "storage_full"
-"""Code of an attempt's error (ncfm_core.errors)."""
+NO_ROOM = "resources_unavailable"
+"""Codes of an attempt's error (ncfm_core.errors)."""
+RETRIED_AS = {
+    STORAGE_FULL: Reason.STORAGE_FULL,
+    "worker_lost": Reason.WORKER_LOST,
+    "cluster_unreachable": Reason.CLUSTER_LOST,
+}
+"""Why the next attempt follows. What a driver has lost and lived to tell is nobody's error either."""
 
 
 def ended(attempt: Attempt, result: AttemptResult, snapshot: Snapshot, policy: Policy) -> Move:
@@ -34,8 +41,13 @@ def ended(attempt: Attempt, result: AttemptResult, snapshot: Snapshot, policy: P
     error = result.error or _error("internal", "the attempt failed and did not say why")
     message = "; ".join(problem.get("message", "") for problem in error.problems)
     if result.retryable:
-        reason = Reason.STORAGE_FULL if error.code == STORAGE_FULL else Reason.ATTEMPT_FAILED
+        reason = RETRIED_AS.get(error.code, Reason.ATTEMPT_FAILED)
         return _retry(attempt, reason, message, error, snapshot=snapshot, policy=policy)
+    if error.code == NO_ROOM:
+        # Nodes come and go: the user is told, and it waits (`admission.lacks`).
+        pause = timedelta(seconds=policy.room_pause_s)
+        waiting = f"waits for room on the cluster: {message}"
+        return Move(job, State.RECOVERING, Reason.EXCEEDS_CLUSTER, waiting, {"retry_at": snapshot.now + pause})
     reason = Reason.INTERNAL if error.code == "internal" else Reason.USER_ERROR
     return Move(job, State.FAILED, reason, message, changes | {"error": error, "publication": publication(job, result)})
 

@@ -71,21 +71,27 @@ class Launch:
         }
         return cls(settings.worker_python, env)
 
-    def entrypoint(self, job: Job) -> str:
-        """The command line of the driver, as a shell reads it."""
+    def entrypoint(self, job: Job, *, gpus: float | None = None) -> str:
+        """The command line of the driver, as a shell reads it.
+
+        Args:
+            job: whose current attempt.
+            gpus: what `gpus: auto` stands for; None for what the driver finds.
+        """
         started = [] if job.started_at is None else ["--started-at", job.started_at.isoformat()]
-        return self._command("run", job, *started)
+        given = [] if gpus is None else ["--gpus", f"{gpus:g}"]
+        return self._command("run", job, *started, *given)
 
     def publisher(self, job: Job) -> str:
         """The command line of the publisher of an ended job."""
         return self._command("publish", job, "--status", RUN_STATUS[job.state])
 
-    def submit(self, job: Job, storage: Storage, cluster: Muscle) -> None:
+    def submit(self, job: Job, storage: Storage, cluster: Muscle, *, gpus: float | None = None) -> None:
         """Write the spec and start the driver; doing it again changes nothing."""
         storage.put(spec_path(job.id), json.dumps(job.spec, indent=1).encode())
         reached("after_spec_written")
         metadata = {"job_id": job.id, "attempt": str(job.attempt)}
-        cluster.submit(submission_id(job), self.entrypoint(job), env=self.env, metadata=metadata)
+        cluster.submit(submission_id(job), self.entrypoint(job, gpus=gpus), env=self.env, metadata=metadata)
 
     def publish(self, job: Job, cluster: Muscle) -> None:
         """Start the publisher; doing it again changes nothing."""

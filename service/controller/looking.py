@@ -21,6 +21,10 @@ from worker.storage import Storage
 
 QUEUE_WINDOW = 50
 """Queued jobs looked at in one round."""
+GPU_PATIENCE_S = 300.0
+"""GPUs that the cluster has lost are waited for this long before `gpus: auto` goes without."""
+GPU_LOOK_BACK = 20
+"""Earlier attempts of a job that are asked what they computed on."""
 PUBLISH_WINDOW = 8
 """Ended jobs with an MLflow run to complete that are looked at in one round."""
 EARLIER = 2
@@ -47,11 +51,17 @@ class Look:
         """Why either could not be asked in the last round; empty where it could."""
         self.capacity: Capacity | None = None
         """Totals of the cluster in the last round."""
+        self.awaited_gpus = 0.0
+        """GPUs that the cluster had until a few minutes ago, where it has none."""
+        self._last_gpus: float | None = None
+        """GPUs that the cluster last had; None before the first look."""
+        self._without_gpus_since: float | None = None
 
     def forget(self) -> None:
         """Start anew, after a time in which nobody looked."""
         self._heartbeats.clear()
         self._publishing_since.clear()
+        self._last_gpus = self._without_gpus_since = None
 
     def snapshot(self, mlflow_error: str) -> Snapshot:
         """Ray is asked before the documents are read: a driver that Ray saw ending had written its result before."""
@@ -68,6 +78,8 @@ class Look:
             self.capacity = capacity
         except ClusterUnreachable as error:
             self.ray_error = str(error)
+        if self.capacity is not None:
+            self.awaited_gpus = self._await_gpus(self.capacity)
         if remains:
             reached("after_remains_asked")
         followed = {submission_id(job) for job in active}
@@ -77,9 +89,25 @@ class Look:
             capacity=self.capacity,
             attempts=tuple(self._attempt(job, rays, remains) for job in active),
             queued=tuple(self._queue(active)),
+            awaits_gpus=self.awaited_gpus > 0,
             publications=tuple(self._publications(due, rays)),
             mlflow_error=mlflow_error,
         )
+
+    def _await_gpus(self, capacity: Capacity) -> float:
+        """GPUs that were there and may come back: after a restart of the head its nodes join it one by one."""
+        if self._last_gpus is None:
+            seen = self._store.sighting()
+            self._last_gpus = (seen.gpus or 0.0) if seen else 0.0
+        if capacity.gpus > 0:
+            self._last_gpus, self._without_gpus_since = capacity.gpus, None
+            return 0.0
+        # Since the first answer without them: head, nodes and controller may have been away together, for any time.
+        if self._without_gpus_since is None:
+            self._without_gpus_since = self._clock()
+        if self._clock() - self._without_gpus_since >= GPU_PATIENCE_S:
+            self._last_gpus = 0.0
+        return self._last_gpus
 
     def _queue(self, active: list[Job]) -> list[Job]:
         """Those that may start next; where owners have as many running as may, also those that this lets pass."""
@@ -105,6 +133,7 @@ class Look:
             result = self._storage.get_record(attempt_path(job.id, job.attempt, "result.json"), AttemptResult)
             status = self._storage.get_record(attempt_path(job.id, job.attempt, "status.json"), AttemptStatus)
             is_asked = job.state is State.CANCELLING and self._has_stop_request(job)
+            gpus = self._gpus_before(job, status)
         except StorageError as error:
             self.storage_error = str(error)
             return Attempt(
@@ -120,7 +149,20 @@ class Look:
             silent_s=self._silence(name, status),
             has_stop_request=is_asked,
             remains=remains.get(name),
+            gpus=gpus,
         )
+
+    def _gpus_before(self, job: Job, status: AttemptStatus | None) -> float | None:
+        """What the tasks of a job took in the last attempt that said so, where the next one is to start."""
+        if job.state not in (State.STARTING, State.RECOVERING) or job.demand.gpus != "auto":
+            return None
+        if status is not None and status.gpus is not None:
+            return status.gpus
+        for attempt in range(job.attempt - 1, max(0, job.attempt - 1 - GPU_LOOK_BACK), -1):
+            earlier = self._storage.get_record(attempt_path(job.id, attempt, "status.json"), AttemptStatus)
+            if earlier is not None and earlier.gpus is not None:
+                return earlier.gpus
+        return None
 
     def _has_stop_request(self, job: Job) -> bool:
         return self._storage.size(attempt_path(job.id, job.attempt, "stop.json")) is not None

@@ -91,7 +91,7 @@ class Controller:
             moved = self.round()
             if lookout is not None:
                 reached("before_sighting")
-                lookout.note(self.capacity, self.ray_error)
+                lookout.note(self.capacity, self.ray_error, awaited_gpus=self._look.awaited_gpus)
                 self.mlflow_error = lookout.mlflow_error
                 reached("after_sighting")
             self._say_trouble(self._look.ray_error or self._look.storage_error)
@@ -100,6 +100,13 @@ class Controller:
         except NcfmError as error:
             # The database is away: nothing can be decided until it is back.
             self._say_trouble(str(error))
+            return poll_seconds
+        except Exception as error:
+            # The border of a round: ending here would only mean to end again after every restart.
+            trouble = f"a round failed on an error of our own: {type(error).__name__}: {error}"
+            if trouble != self._said_trouble:
+                logger.exception("a round failed", extra={"action": "failed_round"})
+            self._say_trouble(trouble)
             return poll_seconds
         return AFTER_MOVE_S if moved else poll_seconds
 

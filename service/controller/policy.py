@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pydantic import JsonValue
 
-from service.controller.admission import admit, hold_all, lacks, wait
+from service.controller.admission import admit, automatic, hold_all, lacks, wait
 from service.controller.cancelling import cancelling, is_gone
 from service.controller.decision import Action, Attempt, Move, Policy, Report, Snapshot, Stop, Submit
 from service.controller.endings import ended, lost, said
@@ -55,7 +55,8 @@ def _starting(attempt: Attempt, snapshot: Snapshot, policy: Policy) -> Action | 
         return None
     if attempt.ray is None:
         # Also after a crash between the move and the submission: an attempt's id is taken once, so nothing starts twice.
-        return Submit(attempt.job)
+        gpus = automatic(snapshot.capacity, awaits_gpus=snapshot.awaits_gpus, kept=attempt.gpus)
+        return Submit(attempt.job, gpus if gpus and attempt.job.demand.gpus == "auto" else None)
     return lost(attempt, snapshot, policy) if attempt.ray.is_terminal else None
 
 
@@ -75,7 +76,8 @@ def _recovering(attempt: Attempt, snapshot: Snapshot, policy: Policy) -> Action 
         return Stop(job)
     if not is_gone(attempt, policy, known_gone_after_s=0):
         return None
-    lacking = lacks(job, snapshot.capacity)
+    gpus = automatic(snapshot.capacity, awaits_gpus=snapshot.awaits_gpus, kept=attempt.gpus)
+    lacking = lacks(job, snapshot.capacity, automatic=gpus)
     if lacking:
         # The reason stays: it says how the last attempt was lost.
         return wait(job, job.reason or Reason.WORKER_LOST, lacking)

@@ -28,8 +28,13 @@ class Lookout:
         self._mlflow_asked_at = self._written_at = float("-inf")
         self._written: tuple[object, ...] = ()
 
-    def note(self, capacity: Capacity | None, ray_error: str) -> None:
+    def note(self, capacity: Capacity | None, ray_error: str, *, awaited_gpus: float = 0.0) -> None:
         """Pass on the outcome of a round.
+
+        Args:
+            capacity: of the cluster; None where Ray could not be asked.
+            ray_error: why.
+            awaited_gpus: that it had and that are waited for: they count, as they do for `gpus: auto`.
 
         Raises:
             StoreError: the database cannot be written.
@@ -38,12 +43,14 @@ class Lookout:
         if at - self._mlflow_asked_at >= MLFLOW_EVERY_S:
             self._mlflow_asked_at = at
             self.mlflow_error = ask_mlflow(self._mlflow_url)
-        seen = (capacity, capacity and capacity.nodes, ray_error, self.mlflow_error)
+        seen = (capacity, capacity and capacity.nodes, awaited_gpus, ray_error, self.mlflow_error)
         if seen == self._written and at - self._written_at < EVERY_S:
             return
         sighting = Sighting(checked_at=now(), ray_error=ray_error, mlflow_error=self.mlflow_error)
         if capacity is not None:
-            sighting = replace(sighting, cpus=capacity.cpus, gpus=capacity.gpus, seen_at=sighting.checked_at)
+            sighting = replace(
+                sighting, cpus=capacity.cpus, gpus=capacity.gpus or awaited_gpus, seen_at=sighting.checked_at
+            )
             sighting = replace(sighting, nodes=capacity.nodes)
         self._store.see(sighting)
         self._written, self._written_at = seen, at

@@ -182,6 +182,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"dataset": "digits", "ipc": 1, "evaluate": []}, "evaluate", "at least 1"),
     ({"dataset": "digits", "ipc": 1, "evaluate": [3]}, "evaluate.0", "object"),
     ({"dataset": "digits", "ipc": 1, "resources": {"gpus": "x"}}, "resources.gpus", ""),
+    ({"dataset": "digits", "ipc": 1, "resources": {"gpus": 1.5}}, "resources.gpus", ""),
     ({"dataset": "digits", "ipc": 1, "search": {}}, "search.space", "required"),
     (
         {"dataset": "digits", "ipc": 1, "search": {"space": {"image_lrr": [1.0]}}},

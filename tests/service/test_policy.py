@@ -110,6 +110,13 @@ STALE: dict[str, Any] = {"status": a_status(), "silent_s": 11.0}
             {"ray": ENDED, "result": a_result("storage_error", retryable=True)},
             "recovering attempt_failed",
         ),
+        # What a driver lost that lived to tell it is nobody's error.
+        (State.RUNNING, {"ray": ENDED, "result": a_result("worker_lost", retryable=True)}, "recovering worker_lost"),
+        (
+            State.RUNNING,
+            {"ray": ENDED, "result": a_result("cluster_unreachable", retryable=True)},
+            "recovering cluster_lost",
+        ),
         # Ended without one: lost, whatever Ray calls it.
         (State.RUNNING, {"ray": KILLED} | FRESH, "recovering worker_lost"),
         (State.RUNNING, {"ray": ENDED} | FRESH, "recovering worker_lost"),

@@ -11,6 +11,7 @@ import pytest
 from ncfm_core.datasets import Dataset, load_dataset
 from ncfm_core.spec import JobSpec
 from ncfm_core.submission import resolve
+from tests.worker.driving import Driver
 from worker.history import Event, Stage
 from worker.records import StageResult
 from worker.site import Site
@@ -168,3 +169,8 @@ def in_process(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> InProcess:
         lambda spec, access, *, held_out, demand: stages.inspect(spec, access, held_out=held_out),
     )
     return stand_in
+
+
+@pytest.fixture
+def driver(storage: Storage, in_process: InProcess) -> Driver:
+    return Driver(storage)

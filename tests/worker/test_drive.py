@@ -9,43 +9,28 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
 from ncfm_core.errors import StorageFullError
 from ncfm_core.spec import JobSpec
 from ncfm_core.submission import resolve
+from tests.worker.driving import Driver, InProcess, ask, at_turn
 from worker import patience
-from worker.driver.attempt import Assignment
-from worker.driver.board import Board
-from worker.driver.border import drive
 from worker.driver.pool import MAX_LOSSES
 from worker.records import (
     AttemptResult,
     AttemptStatus,
-    StageResult,
-    StopRequest,
     attempt_path,
     damaged_path,
     now,
     result_path,
     set_folder,
 )
-from worker.settings import Surroundings
 from worker.site import Site
 from worker.storage import Storage
 from worker.tasks import WorkerLostError
-
-
-class InProcess(Protocol):
-    """The stand-in for Ray (conftest.py)."""
-
-    held: dict[str, str]
-    started: list[str]
-    cancelled: list[str]
-    before: Callable[[str], None]
-
 
 Change = Callable[..., JobSpec]
 
@@ -53,38 +38,6 @@ Change = Callable[..., JobSpec]
 @pytest.fixture
 def changed(submission: dict[str, Any]) -> Change:
     return lambda **parts: resolve(submission | parts)
-
-
-class Driver:
-    """Attempts at one job."""
-
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.board = Board("J", 1)
-
-    def __call__(
-        self, spec: JobSpec, attempt: int = 1, *, job_id: str = "J", started_at: datetime | None = None
-    ) -> AttemptResult:
-        assignment = Assignment(spec=spec, job_id=job_id, attempt=attempt, started_at=started_at or now())
-        self.board = Board(job_id, attempt)
-        surroundings = Surroundings(storage=self.storage.url, data_dir=Path("unused"))
-        result = drive(assignment, surroundings, self.storage, None, self.board)
-        assert self.storage.get_record(attempt_path(job_id, attempt, "result.json"), AttemptResult) == result
-        return result
-
-    def results(self, stage: str) -> list[StageResult]:
-        found = [self.storage.get_record(path, StageResult) for path in self.storage.list("results")]
-        return [each for each in found if each is not None and each.stage == stage]
-
-    def images(self, job_id: str = "J") -> bytes:
-        data = self.storage.get(f"{set_folder(job_id)}/images.safetensors")
-        assert data is not None
-        return data
-
-
-@pytest.fixture
-def driver(storage: Storage, in_process: InProcess) -> Driver:
-    return Driver(storage)
 
 
 @pytest.fixture(scope="module")
@@ -103,24 +56,6 @@ def after_first(driver: Driver, in_process: InProcess, spec: JobSpec, shelf: Pat
         shutil.copytree(driver.storage.url, shelf)
     in_process.started.clear()
     return driver
-
-
-def at_turn(in_process: InProcess, label: str, turn: int, do: Callable[[], object]) -> None:
-    """Have something happen before a task's nth turn."""
-    turns = 0
-
-    def before(each: str) -> None:
-        nonlocal turns
-        turns += each == label
-        if each == label and turns == turn:
-            do()
-
-    in_process.before = before
-
-
-def ask(storage: Storage, attempt: int, *, checkpoint: bool) -> None:
-    request = StopRequest(checkpoint=checkpoint, requested_at=now())
-    storage.put_record(attempt_path("J", attempt, "stop.json"), request)
 
 
 def test_attempt_that_succeeds_names_its_results_and_leaves_no_checkpoint(driver: Driver, spec: JobSpec) -> None:

@@ -214,3 +214,25 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each["step"] for _, each in run.rows] == [95, 96, 97, 98, 99]
     assert run.pictures == [98, 99]
     tracker.close("FAILED")
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_what_was_offered_during_the_last_call_goes_before_the_close(
+    status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of an attempt comes right after its last rows, while the thread is busy with those before."""
+    run, busy, free = MemoryRun(), threading.Event(), threading.Event()
+
+    def set_tags(tags: Mapping[str, str]) -> None:
+        busy.set()
+        free.wait(10)
+
+    monkeypatch.setattr(run, "set_tags", set_tags)
+    tracker = Tracker(run.connect)
+    tracker.offer_tags({"ncfm.stage": "distill"})
+    assert busy.wait(10)
+    tracker.offer_row("distill/", row(7))
+    tracker.offer_picture(Picture(7, b"a"))
+    threading.Timer(0.3, free.set).start()
+    assert tracker.close(status)
+    assert ([each["step"] for _, each in run.rows], run.pictures, run.status) == ([7], [7], status)

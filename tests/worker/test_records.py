@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from worker.records import (
@@ -26,7 +28,7 @@ def test_paths_are_the_documented_ones() -> None:
     assert attempt_path("J", 2, "stop.json") == "jobs/J/attempts/2/stop.json"
     assert damaged_path(KEY, 1) == f"damaged/{KEY[7:]}-1.json"
     assert result_path(KEY) == f"results/{KEY[7:]}.json"
-    assert object_folder("J-2", "distill", KEY) == "objects/J-2/distill-0123456789ab"
+    assert re.fullmatch(r"objects/J-2/distill-0123456789ab-[0-9a-f]{8}", object_folder("J-2", "distill", KEY))
     assert checkpoint_folder("J", KEY) == f"checkpoints/J/{KEY[7:]}"
     assert checkpoint_folder("J", KEY, 2) == f"checkpoints/J/{KEY[7:]}/2"
     assert set_folder("J") == "jobs/J/set"

@@ -172,3 +172,16 @@ def test_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 def test_unknown_scheme_is_told() -> None:
     with pytest.raises(StorageError, match="cannot be opened"):
         Storage("nowhere://bucket")
+
+
+@pytest.mark.parametrize("change", ["gone", "cut"])
+def test_stream_that_breaks_off_says_so(storage: Storage, change: str) -> None:
+    storage.put("large", bytes(3 << 20))
+    chunks = storage.stream("large")
+    next(chunks)
+    if change == "gone":
+        storage.delete(["large"])
+    else:
+        storage.put("large", b"short")
+    with pytest.raises(StorageError, match="cannot be read to its end"):
+        list(chunks)

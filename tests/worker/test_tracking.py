@@ -8,7 +8,7 @@ from ncfm_core.errors import TrackingError
 from ncfm_core.spec import DatasetSpec
 from ncfm_core.submission import resolve
 from worker.driver.live import RunIdentity, flatten
-from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _Data, _pictured_step, as_text
+from worker.tracking import MAX_VALUE_CHARS, MlflowRun, _Data, _metrics, _pictured_step, as_text
 
 
 def test_spec_is_flattened_to_dotted_names() -> None:
@@ -49,3 +49,14 @@ def test_logged_data_set_can_be_loaded_again_and_keeps_its_digest() -> None:
     data = _Data(DatasetSpec(name="digits"), "sha256:" + "a" * 64, {"num_train": 1297})
     assert data.digest == "a" * 32
     assert data.source.load().train_images.shape == (1297, 1, 8, 8)
+
+
+def test_step_that_comes_twice_is_logged_once() -> None:
+    """As where a stage began again after a loss."""
+    rows = [
+        ("d/", {"step": 1.0, "time": 0.0, "loss": 2.0}),
+        ("d/", {"step": 1.0, "time": 9.0, "loss": 3.0, "gap": 4.0}),
+    ]
+    found = [(metric.key, metric.value, metric.step) for metric in _metrics(rows, {})]
+    assert found == [("d/loss", 2.0, 1), ("d/gap", 4.0, 1)]
+    assert [metric.key for metric in _metrics(rows, {"d/loss": {1}})] == ["d/gap"]

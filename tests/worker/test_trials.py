@@ -6,7 +6,16 @@ import pytest
 
 from ncfm_core.submission import resolve
 from worker.plan import plan
-from worker.trials import SearchError, Trial, best_of, best_spec, read_trials, write_trial
+from worker.trials import (
+    SearchCutError,
+    SearchError,
+    Trial,
+    best_of,
+    best_spec,
+    check_complete,
+    read_trials,
+    write_trial,
+)
 
 DATA = "sha256:" + "0" * 64
 
@@ -46,3 +55,28 @@ def test_best_spec_is_a_submission_with_the_keys_of_the_search_job() -> None:
     assert best.method.image_lr == 0.03
     assert best.search is None
     assert plan(again, DATA).distill.key == plan(best, DATA).distill.key
+
+
+def over(trial: Trial, *, is_lost: bool = False) -> Trial:
+    trial.is_over, trial.is_lost = True, is_lost
+    return trial
+
+
+def test_search_is_complete_when_each_trial_came_to_its_end_or_failed_by_itself() -> None:
+    check_complete([over(trial(0, 1.0, 2.0)), over(trial(1, 1.0)), over(trial(2, error="boom"))], 3)
+
+
+@pytest.mark.parametrize(
+    ("trials", "told"),
+    [
+        ([over(trial(0, 1.0))], "it ended with 1 of its 2 trials, 0 were lost"),
+        ([over(trial(0, 1.0)), trial(1, 1.0)], "it ended with 1 of its 2 trials, 0 were lost"),
+        (
+            [over(trial(0, 1.0)), over(trial(1, error="node died"), is_lost=True)],
+            "it ended with 1 of its 2 trials, 1 were lost: node died",
+        ),
+    ],
+)
+def test_search_that_was_broken_off_says_what_it_lacks(trials: list[Trial], told: str) -> None:
+    with pytest.raises(SearchCutError, match=told):
+        check_complete(trials, 2)

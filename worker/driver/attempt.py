@@ -60,6 +60,8 @@ class Assignment:
     attempt: int
     started_at: datetime
     """When the job was first started: its wall time counts from there."""
+    gpus: float | None = None
+    """What `resources.gpus: auto` stands for; None for what the cluster has."""
 
     @property
     def deadline(self) -> float | None:
@@ -107,7 +109,8 @@ class Attempt:
         self._watch.check()
         spec = self._job.spec
         cluster = tasks.nodes()
-        demand = tasks.demand(spec.resources, cluster)
+        demand = tasks.demand(spec.resources, cluster, auto=self._job.gpus)
+        self._reporter.board.gpus = demand.gpus
         self._reporter.say(f"each task takes CPU {demand.cpus}, GPU {demand.gpus:g} and computes on {demand.device}")
         facts, dataset = self._inspect(demand)
         site, slots = self._site(demand), max(1, sum(node.slots(demand) for node in cluster))

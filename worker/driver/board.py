@@ -66,6 +66,8 @@ class Board:
         self.mlflow_url: str | None = None
         self.data: dict[str, JsonValue] | None = None
         """What the inspection found."""
+        self.gpus: float | None = None
+        """What each task takes, once that is known."""
         self.keys: dict[str, None] = {}
         """Of the results so far, in order."""
         self.job_id, self.attempt = job_id, attempt
@@ -174,6 +176,7 @@ class Board:
                 mlflow_run_id=self.mlflow_run_id,
                 mlflow_url=self.mlflow_url,
                 kept=self._kept,
+                gpus=self.gpus,
             )
 
 

@@ -284,7 +284,7 @@ class Tracker:
 
     def _finish(self) -> None:
         """Send the end, if it has come to that."""
-        run, story, status = self._opened(), self._story, self._status
+        run, story = self._opened(), self._story
         if story is not None:
             for send in parts_of(run, story):
                 send()
@@ -292,6 +292,9 @@ class Tracker:
             with self._changed:
                 self._story = None
                 self._changed.notify_all()
+        with self._changed:
+            # What was offered since this turn began goes first: the next turn sends it, and then closes.
+            status = self._status if self._waiting == _Waiting() else ""
         if status:
             run.close(status)
             with self._changed:

@@ -6,6 +6,7 @@ whatever had come across it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from worker.tasks import (
     reserve,
     start,
 )
+
+log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 1.0
 """Between two looks for a result that another job builds."""
@@ -227,6 +230,8 @@ class Pool:
             return True
         if reservation is None:
             self._observer.waits(order.build, builder_of(key))
+            # The answer takes a while, for each of those that wait.
+            self._guard.check()
             return False
         arguments = {"key": key, **order.arguments(self._done)}
         self._running.append(_Running(order, arguments, reservation, self._start(order, arguments)))
@@ -261,9 +266,14 @@ class Pool:
                 self._hear(running)
             except WorkerLostError as error:
                 running.losses += 1
+                # The last thing that it did may have been its commit.
+                if self._find(running.order):
+                    self._end(running)
+                    continue
                 if running.losses > MAX_LOSSES:
                     raise
                 self._observer.lost(running.order.build, error)
+                running.has_begun = False
                 running.generator = self._start(running.order, running.arguments)
             except DamagedError as error:
                 self._end(running)
@@ -330,3 +340,6 @@ class Pool:
                     self._hear(running)
                 except NcfmError:
                     self._end(running)  # it stopped, or failed: either way it is over
+                except Exception:  # failed on an error of our own: that is no reason not to stop
+                    log.exception("%s failed while it was to stop", running.order.build.label)
+                    self._end(running)

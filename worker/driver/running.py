@@ -38,6 +38,8 @@ class Request:
     attempt: int
     started_at: datetime
     """When the job was first started."""
+    gpus: float | None = None
+    """What `resources.gpus: auto` stands for; None for what the cluster has."""
 
 
 def run(
@@ -59,6 +61,7 @@ def run(
         job_id=asked.job_id or str(ULID()).lower(),
         attempt=asked.attempt,
         started_at=asked.started_at,
+        gpus=asked.gpus,
     )
     address = ray_address()
     try:
