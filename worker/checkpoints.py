@@ -86,12 +86,13 @@ class Checkpoints:
         Where this job has none, that of any other job under the same key, which has the same bits, from the same kind of device:
         what fits a GPU at once would not fit a CPU.
         """
+        own = self._records([self._job_id])
         # A damaged one counts too: whoever comes this far a second time has only caught up.
-        self._furthest = max((step for step, *_ in self._records([self._job_id])), default=0)
-        saved = self._newest([self._job_id])
+        self._furthest = max((step for step, *_ in own), default=0)
+        saved = self._newest(own)
         if saved is None:
-            marks = self._storage.list(resumable_folder(self._key))
-            saved = self._newest([job for job in (PurePosixPath(mark).name for mark in marks) if job != self._job_id])
+            marked = [PurePosixPath(mark).name for mark in self._storage.list(resumable_folder(self._key))]
+            saved = self._newest(self._records([job for job in marked if job != self._job_id]))
         if saved is not None:
             self._step, self._saved_at = saved.step, time.monotonic()
             self._furthest = max(self._furthest, saved.step)
@@ -106,9 +107,9 @@ class Checkpoints:
             if path.endswith(".json")
         ]
 
-    def _newest(self, job_ids: Sequence[str]) -> Saved | None:
-        """The newest of some jobs."""
-        for _, path, job_id in sorted(self._records(job_ids), reverse=True):
+    def _newest(self, records: list[tuple[int, str, str]]) -> Saved | None:
+        """The newest of some that is whole."""
+        for _, path, job_id in sorted(records, reverse=True):
             is_own = job_id == self._job_id
             try:
                 record = self._storage.get_record(path, CheckpointRecord)
