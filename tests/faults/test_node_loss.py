@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 Document = dict[str, Any]
 Until = Callable[..., Any]
 
-JOIN_LIMIT_S = 60.0
+JOIN_LIMIT_S = 180.0
 NOTICE_LIMIT_S = 60.0
 """Ray misses a node's heartbeats for ten seconds before it calls it dead."""
 

@@ -16,6 +16,7 @@ from threading import Thread
 import pytest
 
 from worker.records import EXIT_USER_ERROR, AttemptResult
+from worker.settings import prepare_own_ray
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,3 +182,16 @@ def test_controller_finds_the_reason_of_an_attempt_that_could_not_begin(tmp_path
     assert result.error is not None
     assert result.error.code == "cluster_unreachable"
     assert address in result.error.problems[0]["value"]
+
+
+def test_cluster_of_its_own_asks_for_a_token_and_listens_on_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", {"RAY_AUTH_TOKEN_PATH": "/of/another"})
+
+    prepare_own_ray()
+
+    assert os.environ.pop("RAY_AUTH_TOKEN")
+    assert os.environ == {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
