@@ -37,7 +37,7 @@ from ncfm_core.execution import (
     for_inference,
     in_chunks,
 )
-from ncfm_core.frequencies import FrequencySampler, Gaussian, ScaleMixture
+from ncfm_core.frequencies import sampler_of
 from ncfm_core.pools import Extractors, TeacherPool, in_bfloat16
 from ncfm_core.progress import Progress, never
 from ncfm_core.rng import generator, moved
@@ -103,7 +103,7 @@ class Distillation:
             [self.synthetic.images], lr=method.image_lr, weight_decay=method.image_weight_decay
         )
         self._schedule = Schedule(method.schedule, method.image_lr, method.steps, device)
-        self._sampler = _sampler(method, pool.network.num_features, device)
+        self._sampler = sampler_of(method, pool.network.num_features, device)
         self._draw: _Draw | None = None
         self.total, self.step = method.steps, 0
         decoded = len(self.synthetic.labels) * method.factor**2
@@ -395,18 +395,3 @@ class Distillation:
 def _out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; the CPU's allocator has no exception of its own."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _sampler(method: NcfmSpec, num_features: int, device: torch.device) -> FrequencySampler:
-    if method.sampler == "gaussian":
-        return Gaussian(method.frequency_scale)
-    return ScaleMixture(
-        num_components=method.num_components,
-        num_features=num_features,
-        frequency_scale=method.frequency_scale,
-        lr=method.sampler_lr,
-        ascent_steps=method.sampler_steps,
-        objective=method.sampler_objective,
-        amplitude_weight=method.amplitude_weight,
-        device=device,
-    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ncfm_core.discrepancy import characteristic_function, gap, power
+from ncfm_core.spec import NcfmSpec
 from ncfm_core.training import load_optimizer_state, optimizer_state, part
 
 
@@ -151,3 +152,25 @@ class ScaleMixture:
         with torch.no_grad():
             self.log_scales.copy_(state["log_scales"])
         load_optimizer_state(self._optimizer, part(state, "optimizer."))
+
+
+def sampler_of(method: NcfmSpec, num_features: int, device: torch.device) -> FrequencySampler:
+    """The sampler of a method, fresh.
+
+    Args:
+        method: all of its numbers.
+        num_features: D.
+        device: where psi lives, if there is one.
+    """
+    if method.sampler == "gaussian":
+        return Gaussian(method.frequency_scale)
+    return ScaleMixture(
+        num_components=method.num_components,
+        num_features=num_features,
+        frequency_scale=method.frequency_scale,
+        lr=method.sampler_lr,
+        ascent_steps=method.sampler_steps,
+        objective=method.sampler_objective,
+        amplitude_weight=method.amplitude_weight,
+        device=device,
+    )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from ncfm_core import distill, execution, training
 from ncfm_core.datasets import Dataset
@@ -172,6 +173,35 @@ def test_stopped_teacher_ends_with_the_same_bits(job_of: JobOf, storage: Storage
     assert Notice("teacher 0 goes on from step 40") in later
     assert Notice("teacher 0 is trained eager") in later
     assert content(storage, resumed) == expected
+
+
+def test_stages_that_the_compiler_fails_go_on_eager_and_say_so_once(
+    job_of: JobOf, storage: Storage, finish: Finish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = [finish(job_of(1).teacher(index))[0] for index in range(2)]
+    eager = content(storage, finish(job_of(1).distill(undisturbed))[0])
+    storage.delete(storage.list("results"))
+
+    def broken(_: object) -> Callable[..., Tensor]:
+        def run(*_: object, **__: object) -> Tensor:
+            raise RuntimeError("no such header\nmuch more")
+
+        return run
+
+    for module in (execution, training):
+        monkeypatch.setattr(module, "compiling_pays", lambda *_: True)
+    for module in (distill, training):
+        monkeypatch.setattr(module, "compiled_form", broken)
+    failed = "compiling failed (RuntimeError: no such header)"
+    teachers = []
+    for index in range(2):
+        result, events = finish(job_of(2).teacher(index))
+        teachers.append(result)
+        assert events.count(Notice(f"teacher {index} is trained eager after all: {failed}")) == 1
+    result, events = finish(job_of(2).distill(teachers))
+    (notice,) = [event for event in events if isinstance(event, Notice) and failed in event.message]
+    assert notice.message.startswith("the distillation runs eager, ")
+    assert content(storage, result) == eager
 
 
 def test_checkpoints_are_gone_once_the_result_is_there(job_of: JobOf, storage: Storage, finish: Finish) -> None:
