@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from service.api import create_app
 from service.api.auth import Buckets
-from service.keys import Keys
+from service.keys import NO_KEY_S, Keys
 from service.scopes import Scope
 from service.settings import Settings
 from service.store import Store
@@ -81,6 +81,23 @@ def test_refusal_over_the_rate_is_audited_once_a_second(tmp_path: Path) -> None:
     refused = [actor for actor, _, _, status in world.rows() if status == 429]
     # One of each at first, and one for each further second that all this took.
     assert 2 <= len(refused) <= 2 + 2 * (time.monotonic() - began)
+
+
+def test_capabilities_have_the_bounds_that_are_answered_with_413_and_429(tmp_path: Path) -> None:
+    bounds = {"rate_limit_per_minute": 7, "max_upload_bytes": 1000, "max_running_jobs": 3, "max_running_per_owner": 2}
+    world = World(tmp_path, **bounds)
+    with world.client() as client:
+        limits = client.get("/capabilities").json()["limits"]
+        assert limits["changes_per_minute"] is None, "who needs no key may ask as much as he likes"
+        _, submitter = world.key("submit")
+        time.sleep(NO_KEY_S + 0.1)
+        limits = client.get("/capabilities", headers=submitter).json()["limits"]
+        headers = submitter | {"Content-Type": "application/zip"}
+        too_large = client.post("/datasets", params={"name": "x"}, content=b"x" * 1001, headers=headers)
+        assert too_large.status_code == 413
+    assert (limits["changes_per_minute"], limits["wrong_keys_per_minute"], limits["upload_bytes"]) == (7, 7, 1000)
+    assert (limits["uploads_at_once"], limits["streams"], limits["streams_per_owner"]) == (4, 1000, 100)
+    assert (limits["running_jobs"], limits["running_jobs_per_owner"], limits["body_bytes"]) == (3, 2, 262_144)
 
 
 def test_bucket_of_one_fills_by_the_second() -> None:
