@@ -13,7 +13,7 @@ from worker.redaction import redact
 
 Format = Literal["auto", "json", "text"]
 
-FIELDS = ("action", "job", "request_id", "method", "route", "status", "ms", "key", "address")
+FIELDS = ("action", "job", "request_id", "method", "route", "status", "ms", "key", "address", "path")
 """What a line may carry beside its sentence, given as `extra=`."""
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")

@@ -78,16 +78,19 @@ def create_app(settings: Settings) -> FastAPI:
         openapi_url=None,
         dependencies=[Depends(refuse_unknown)],
     )
-    app.state.store, app.state.storage = store, storage
+    app.state.store, app.state.storage, app.state.settings = store, storage, settings
     app.state.streams = Streams(store, storage)
     draining.on_begin(app.state.streams.close_all)
     app.state.figures, app.state.draining = figures, draining
     app.state.taking = uploads.Taking(settings.max_upload_bytes)
     app.state.sources = Sources(settings, Uploads(store, storage))
+    app.state.routes = []
     for routes in (jobs, forecast, listing, following, job_logs, changes, reruns, metrics_series):
         app.include_router(routes.router)
+        app.state.routes.extend(routes.router.routes)
     for routes in (artifacts, capabilities, cluster_view, audit, uploads, health, prometheus, reference):
         app.include_router(routes.router)
+        app.state.routes.extend(routes.router.routes)
     app.add_api_route("/", _to_docs, include_in_schema=False)
     app.add_middleware(
         Access,

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import get_args
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from ncfm_core.catalog import DATASETS, PresetName
 from ncfm_core.networks import NETWORKS
 from ncfm_core.protocols import PROTOCOLS
 from ncfm_core.spec import JobSpec
-from service.api.context import StreamsDep
+from service.api.context import LOCAL, CallerDep, StreamsDep
 from service.api.envelope import MAX_LABEL_CHARS, MAX_LABELS, MAX_PRIORITY
 from service.api.jobs import MAX_WAIT_S
 from service.api.listing import MAX_LIMIT
+from service.api.log_reading import MAX_LINES
 from service.api.models import Body
 from service.api.once import MAX_KEY_CHARS
 from service.api.openapi import problems
 from service.api.submission import MAX_BODY_BYTES
+from service.api.uploads import MAX_AT_ONCE
+from service.settings import Settings
 
 router = APIRouter(tags=["service"])
 
@@ -64,8 +67,23 @@ class Limits(Body):
     label_chars: int
     idempotency_key_chars: int
     wait_seconds: float
+    log_lines: int
+    """Of one page of a log."""
     streams: int
+    """Open at once, in one process: event streams and long polls."""
     streams_per_owner: int
+    upload_bytes: int
+    """Of one archive."""
+    uploads_at_once: int
+    """In one process, over all callers."""
+    changes_per_minute: int | None
+    """By one key, in one process; null where the caller needs no key and has no such bound."""
+    wrong_keys_per_minute: int
+    """From one address, in one process."""
+    running_jobs: int
+    """On the cluster at once, by the settings of this process; further ones wait."""
+    running_jobs_per_owner: int | None
+    """The same for one owner; null where there is no such bound."""
 
 
 class Capabilities(Body):
@@ -80,8 +98,9 @@ class Capabilities(Body):
 
 
 @router.get("/capabilities", responses=problems(422), summary="What may be asked for")
-def get_capabilities(streams: StreamsDep) -> Capabilities:
+def get_capabilities(streams: StreamsDep, caller: CallerDep, request: Request) -> Capabilities:
     """Data sets, methods with their JSON Schema, networks, protocols, presets and limits."""
+    settings: Settings = request.app.state.settings
     datasets = [
         DatasetBody(
             name=facts.name,
@@ -111,8 +130,15 @@ def get_capabilities(streams: StreamsDep) -> Capabilities:
             label_chars=MAX_LABEL_CHARS,
             idempotency_key_chars=MAX_KEY_CHARS,
             wait_seconds=MAX_WAIT_S,
+            log_lines=MAX_LINES,
             streams=streams.max_streams,
             streams_per_owner=streams.max_streams_per_owner,
+            upload_bytes=settings.max_upload_bytes,
+            uploads_at_once=MAX_AT_ONCE,
+            changes_per_minute=None if caller.owner == LOCAL else settings.rate_limit_per_minute,
+            wrong_keys_per_minute=settings.rate_limit_per_minute,
+            running_jobs=settings.max_running_jobs,
+            running_jobs_per_owner=settings.max_running_per_owner,
         ),
     )
 

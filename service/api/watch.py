@@ -9,13 +9,16 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.auth import route_template
 from service.api.prometheus import Figures
+from service.api.templates import UNMATCHED, route_template
 
 logger = logging.getLogger("ncfm.access")
 
 QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 """Asked by machines every few seconds: in the log only when something is wrong."""
+REFUSED = frozenset({401, 403, 429})
+"""Whoever looks for a way in is seen by what he asked for, also where there is no such route."""
+MAX_PATH_CHARS = 200
 
 
 class Watch:
@@ -59,6 +62,9 @@ class Watch:
             "status": status,
             "ms": round(seconds * 1000, 1),
             "key": caller.owner if caller is not None else "",
+            "address": scope["client"][0] if scope.get("client") else "",
         }
+        if route == UNMATCHED and status in REFUSED:
+            extra["path"] = scope["path"][:MAX_PATH_CHARS]
         level = logging.DEBUG if route in QUIET and status < 400 else logging.INFO
         logger.log(level, "%s %s %d in %.1f ms", method, route, status, seconds * 1000, extra=extra)
