@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import JsonValue
 
 from examples import gpu_bars, judge_images, released_step, students_at_once
 from examples.gpu_bars import AGAIN, Measurement, Options, command, parts, run, small
@@ -34,7 +35,14 @@ print("never reached")
 
 
 def options(folder: Path, **changes: Any) -> Options:
-    plain = {"data": Path("data"), "device": "cuda", "seconds": 1e6, "made": False, "small": False, "released": {}}
+    plain: dict[str, Any] = {
+        "data": Path("data"),
+        "device": "cuda",
+        "seconds": 1e6,
+        "made": False,
+        "small": False,
+        "released": {},
+    }
     return Options(out=folder / "bars", **(plain | changes))
 
 
@@ -66,11 +74,14 @@ def here(words: Sequence[str]) -> dict[str, Any] | None:
 def test_every_command_is_legal_at_full_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, digits: Dataset) -> None:
     monkeypatch.setattr(bench_work, "_load", lambda spec, folder, *, made: (digits, "made"))
     monkeypatch.setattr(bench_work, "choose_device", lambda name: torch.device("cpu"))
-    seen: list[tuple[str, dict[str, Any]]] = []
+    seen: list[dict[str, Any]] = []
+
+    def noted(work: bench_work.Work, **_: Any) -> dict[str, JsonValue]:
+        seen.append(work.describe())
+        return {}
+
     for name in bench.COMMANDS:
-        monkeypatch.setitem(
-            bench.COMMANDS, name, lambda work, name=name, **given: seen.append((name, work.describe())) or {}
-        )
+        monkeypatch.setitem(bench.COMMANDS, name, noted)
     given = options(tmp_path, released={name: "set.pt" for name in RELEASED})
     for name, part in parts().items():
         for measurement in part.measurements:
@@ -78,10 +89,10 @@ def test_every_command_is_legal_at_full_size(monkeypatch: pytest.MonkeyPatch, tm
             if words[0] == "-m":
                 assert bench.main(words[2:]) == 0
                 assert "--device" in words and words[words.index("--device") + 1] == "cuda"
-    configs = [described["config"] for _, described in seen]
+    configs = [described["config"] for described in seen]
     assert {(each["dataset"], each["ipc"]) for each in configs} >= {("cifar10", 50), ("cifar100", 50), ("cifar100", 10)}
     assert {each["preset"] for each in configs} == {"paper"}
-    assert sum(described["equal_work"] for _, described in seen) == 2 * gpu_bars.ROUNDS + 4
+    assert sum(described["equal_work"] for described in seen) == 2 * gpu_bars.ROUNDS + 4
     assert len({json.dumps(each, sort_keys=True) for each in configs}) > 15
 
 
@@ -148,14 +159,23 @@ def test_part_that_runs_out_of_time_goes_on(tmp_path: Path, reader: dict[str, st
 
 def test_what_the_reader_has_to_bring_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[list[str]] = []
-    assert run(["step-cifar10"], options(tmp_path), lambda words: seen.append(list(words)) or {}) == 0
+
+    def noted(words: Sequence[str]) -> dict[str, Any]:
+        seen.append(list(words))
+        return {}
+
+    assert run(["step-cifar10"], options(tmp_path), noted) == 0
     assert len(seen) == gpu_bars.ROUNDS + 1 and all(words[:3] == ["-m", "ncfm_core.bench", "step"] for words in seen)
     assert "released 1 is left out, for there is no --released step-cifar10=" in capsys.readouterr().err
 
 
 def test_failure_does_not_end_the_others(tmp_path: Path) -> None:
-    seen: list[int] = []
-    assert run(["choices"], options(tmp_path), lambda words: seen.append(1)) == 1
+    seen: list[Sequence[str]] = []
+
+    def failing(words: Sequence[str]) -> None:
+        seen.append(words)
+
+    assert run(["choices"], options(tmp_path), failing) == 1
     assert len(seen) == len(parts()["choices"].measurements)
 
 

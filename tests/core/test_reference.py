@@ -148,11 +148,11 @@ def test_what_cannot_be_compared_is_infinitely_far() -> None:
 def test_refresh_refuses_results_whose_version_was_not_raised(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: Kept, record: Record
 ) -> None:
+    changed: Kept = dict(kept)
     monkeypatch.setattr(reference, "TENSORS", tmp_path / "kept.safetensors")
     monkeypatch.setattr(reference, "RECORD", tmp_path / "kept.json")
     monkeypatch.setattr(reference, "STAGES", {"teacher": lambda digits, kept, spec: part(changed, "teacher.")})
-    changed, before = dict(kept), {**record, "bits": {}}
-    reference.save(kept, before)
+    reference.save(kept, {**record, "bits": {}})
     assert reference.write(anew=False) == 0, "nothing changed: the bits of this machine are added"
     assert reference.load()[1]["bits"].keys() == {machine()}
 
