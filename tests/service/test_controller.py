@@ -122,62 +122,6 @@ def test_job_when_lost_ever_again_goes_on_as_long_as_it_gets_further(world: Worl
     assert (world.job(job).state, world.job(job).losses) == (State.FAILED, 3)
 
 
-def test_events_when_a_job_ends_tell_how_its_last_stages_stand(world: World) -> None:
-    job = world.running()
-    world.driver(job).beat(10, stages={"inspect": "done", "distill": "done", "publish": "done"})
-    world.driver(job).succeed()
-    ended = world.rounds(job, n=1)
-    assert ended.state is State.SUCCEEDED
-    events = world.store.events(job.id, after=0, limit=99)
-    assert [event.seq for event in events] == list(range(1, len(events) + 1))
-    assert (events[-1].type, events[-1].data["to"]) == ("state", "succeeded")
-    assert events[-1].data["stages"] == {"distill": "done", "publish": "done"}
-    assert told(world, job) == ended.stages
-
-
-@pytest.mark.parametrize("how", ["fails", "lost", "cancelled"])
-def test_events_when_a_job_has_no_good_end_tell_how_its_stages_stood(world: World, how: str) -> None:
-    job = world.running()
-    world.driver(job).beat(10, stages={"inspect": "done", "distill": "done", "evaluate": "running"})
-    if how == "fails":
-        world.driver(job).fail("dataset_unavailable", "there is no such data")
-    elif how == "lost":
-        world.cluster.end(f"{job.id}-1")
-    else:
-        world.cancel(job)
-    ended = world.rounds(job, n=1 if how == "lost" else 6)
-    assert ended.stages["evaluate"] == "running"
-    assert told(world, job) == ended.stages
-
-
-def told(world: World, job: Job) -> dict[str, object]:
-    """How a reader of the events alone knows the stages."""
-    stages: dict[str, object] = {}
-    for event in world.store.events(job.id, after=0, limit=999):
-        found = event.data.get("stages", {})
-        assert isinstance(found, dict)
-        stages |= found
-    return stages
-
-
-def test_job_when_its_driver_ends_while_it_is_looked_at_keeps_its_last_status(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = world.running()
-    driver, read = world.driver(job), world.storage.get_record
-
-    def read_and_end(path: str, kind: Any) -> Any:
-        found = read(path, kind)
-        monkeypatch.setattr(world.storage, "get_record", read)
-        driver.beat(10, stages={"inspect": "done", "distill": "done"})
-        driver.succeed()
-        return found
-
-    monkeypatch.setattr(world.storage, "get_record", read_and_end)
-    ended = world.rounds(job, n=2)
-    assert (ended.state, ended.stages["distill"]) == (State.SUCCEEDED, "done")
-
-
 def test_job_when_the_result_was_written_just_before_ray_saw_the_end_succeeds(world: World) -> None:
     job = world.running()
     world.driver(job).succeed()
