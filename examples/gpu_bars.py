@@ -113,9 +113,8 @@ def _choices() -> Part:
         "reuse 5": ("--set", "method.reuse=5"),
         "compiled": ("--compiled",),
         "eager": ("--eager",),
-        # Here come "--matmul-tf32" and "--channels-last", once `ncfm bench` has them:
-        # "matmul tf32": ("--matmul-tf32",),
-        # "channels last": ("--channels-last",),
+        "matmul tf32": ("--matmul-tf32",),
+        "channels last": ("--channels-last",),
         "reference again": (),
     }
     rows = [Measurement(name, "step", _of("cifar10", 10, *more)) for name, more in changes.items()]
@@ -206,7 +205,7 @@ def small(measurement: Measurement) -> Measurement:
     given[given.index("--dataset") + 1] = "digits"
     if "--ipc" in given:
         given[given.index("--ipc") + 1] = "1"
-    given = [word for word in given if word not in ("--compiled", "--eager")]
+    given = [word for word in given if word not in ("--compiled", "--eager", "--matmul-tf32", "--channels-last")]
     changes = [*_set("model.width", 4), *_set("evaluate", [{"students": 2, "tests": 1, "training": {"epochs": 2}}])]
     if measurement.tool == "students_at_once.py":
         return Measurement(
@@ -219,17 +218,17 @@ def small(measurement: Measurement) -> Measurement:
         return Measurement(measurement.name, measurement.tool, (*given, *more), measurement.released)
     soft = any("soft_cross_entropy" in word for word in given)
     if soft:
-        changes = [
-            *_set("model.width", 4),
-            *_set("evaluate", [{"students": 2, "tests": 1, "training": {"epochs": 2, "loss": "soft_cross_entropy"}}]),
-        ]
+        changes += _set("model.width", 4)
+        changes += _set(
+            "evaluate", [{"students": 2, "tests": 1, "training": {"epochs": 2, "loss": "soft_cross_entropy"}}]
+        )
     for name, value in {"steps": 2, "num_frequencies": 16, "num_components": 4, "real_batch": 16, "factor": 1}.items():
         changes += _set(f"method.{name}", value)
     changes += _set("teachers.training.epochs", 1)
-    more = ["--preset", "quick", "--device", "cpu", "--threads", "1", "--eager", "--teachers", "2", *changes]
+    small = ["--preset", "quick", "--device", "cpu", "--threads", "1", "--eager", "--teachers", "2", *changes]
     if measurement.tool == "step":
-        more += ["--steps", "2", "--warmup", "1"]
-    return Measurement(measurement.name, measurement.tool, (*given, *more), measurement.released)
+        small += ["--steps", "2", "--warmup", "1"]
+    return Measurement(measurement.name, measurement.tool, (*given, *small), measurement.released)
 
 
 @dataclass(frozen=True, slots=True)

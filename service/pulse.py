@@ -9,7 +9,8 @@ from typing import Any
 from sqlalchemy import select
 
 from service.database import Database
-from service.jobs import Progress, State
+from service.jobs import State
+from service.reports import Progress
 from service.tables import jobs
 
 BATCH = 500

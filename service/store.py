@@ -21,8 +21,9 @@ from sqlalchemy.exc import IntegrityError
 from ncfm_core.errors import NcfmError
 from service.database import StoreError
 from service.filtering import Filter, filtered
-from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, changed_stages, check_move
+from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, check_move
 from service.leases import check_fence
+from service.reports import changed_stages
 from service.sightings import Sighting, Sightings
 from service.tables import UtcDateTime, attempts, events, idempotency, jobs
 from worker.records import now

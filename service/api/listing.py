@@ -19,8 +19,9 @@ from service.api.faults import LABEL, NO_NUL
 from service.api.models import JobList, JobSummary, Mean, ProgressBody
 from service.api.openapi import problems
 from service.filtering import Filter
-from service.jobs import Progress, State
+from service.jobs import State
 from service.listing import Order, summaries
+from service.reports import Progress
 
 router = APIRouter(tags=["jobs"])
 

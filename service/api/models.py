@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from service.jobs import AttemptRecord, CancelRequest, Event, Job, Progress, Reason, Result, State
+from service.jobs import AttemptRecord, CancelRequest, Event, Job, Reason, State
+from service.reports import Progress, Result
 from worker.records import ErrorRecord
 
 

@@ -12,7 +12,8 @@ from datetime import timedelta
 
 from ncfm_core.errors import Problem
 from service.controller.decision import Attempt, Move, Policy, Snapshot
-from service.jobs import Job, Reason, State, progress_of, result_of
+from service.jobs import Job, Reason, State
+from service.reports import progress_of, result_of
 from worker.records import EXIT_USER_ERROR, AttemptResult, AttemptStatus, ErrorRecord
 
 MAX_CAUSE_CHARS = 300

@@ -14,7 +14,8 @@ from service.controller.cancelling import cancelling, is_gone
 from service.controller.decision import Action, Attempt, Move, Policy, Report, Snapshot, Stop, Submit
 from service.controller.endings import ended, lost, said
 from service.controller.publishing import publish
-from service.jobs import Reason, State, changed_stages
+from service.jobs import Reason, State
+from service.reports import changed_stages
 
 
 def decide(snapshot: Snapshot, policy: Policy) -> list[Action]:

@@ -9,7 +9,8 @@ from typing import Any
 from sqlalchemy import delete, insert, select
 
 from ncfm_core.submission import resolve
-from service.jobs import Job, Reason, Result, State, first_id_at, new_job_id
+from service.jobs import Job, Reason, State, first_id_at, new_job_id
+from service.reports import Result
 from service.store import Store
 from service.tables import events, jobs
 from worker.records import Accuracy, FileRecord, now

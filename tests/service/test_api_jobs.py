@@ -9,7 +9,8 @@ from pydantic import JsonValue
 
 from ncfm_core.spec import JobSpec
 from ncfm_core.submission import resolve
-from service.jobs import Job, Progress, Reason, State, result_of
+from service.jobs import Job, Reason, State
+from service.reports import Progress, result_of
 from service.store import Sighting, Store
 from service.testing import FakeDriver
 from tests.service.world import move as move_job

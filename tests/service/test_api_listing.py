@@ -12,8 +12,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.api import create_app
-from service.jobs import Job, Progress, State, result_of
+from service.jobs import Job, State
 from service.pulse import Pulse, pulses
+from service.reports import Progress, result_of
 from service.settings import Settings
 from service.store import Store
 from service.testing import FakeDriver

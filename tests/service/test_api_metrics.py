@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.api.metrics_series import Point, downsample
-from service.jobs import Job, Progress, State
+from service.jobs import Job, State
+from service.reports import Progress
 from service.store import Store
 from worker.records import CheckpointRecord, FileRecord, StageResult, attempt_path, now, result_path
 from worker.storage import Storage

@@ -156,8 +156,8 @@ def test_unknown_key_is_shown_with_its_value(client: httpx.Client, a_job: str) -
 
 
 def test_address_that_cannot_be_read_is_shown_with_the_way_out_apart(client: httpx.Client) -> None:
-    dataset = {"name": "imagefolder", "uri": "s3://bucket/birds.tar", "image_size": 64}
+    dataset = {"name": "imagefolder", "uri": "ftp://host/birds.tar", "image_size": 64}
     error = refused(client.post("/jobs", json={"dataset": dataset, "ipc": 1}))
-    assert (error["field"], error["value"]) == ("dataset.uri", "'s3://bucket/birds.tar'")
-    assert error["message"] == "s3:// cannot be read here"
+    assert (error["field"], error["value"]) == ("dataset.uri", "'ftp://host/birds.tar'")
+    assert error["message"] == "ftp:// cannot be read here"
     assert error["hint"].startswith("Copy the data")

@@ -20,7 +20,8 @@ import pytest
 
 from service.api import sse
 from service.api.streams import Streams
-from service.jobs import Progress, State
+from service.jobs import State
+from service.reports import Progress
 from service.store import Store
 from tests.service.world import move
 from worker.records import now

@@ -17,9 +17,10 @@ import pytest
 from service.cli import app as cli
 from service.client import Client, ClientError, ServiceAway
 from service.connection import NotNow
-from service.jobs import Progress, Reason, State
+from service.jobs import Reason, State
 from service.messages import Message, parse
 from service.replies import Job
+from service.reports import Progress
 from service.store import Store
 from tests.service.world import move
 from worker.records import attempt_path

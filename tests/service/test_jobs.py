@@ -12,18 +12,16 @@ from service.jobs import (
     MOVES,
     IllegalMove,
     Job,
-    Progress,
     Reason,
     State,
     cancel_move,
-    changed_stages,
     check_move,
     first_id_at,
     legal_moves,
     moves_table,
     new_job_id,
-    progress_of,
 )
+from service.reports import Progress, changed_stages, progress_of
 from worker.records import AttemptStatus, StageName
 
 

@@ -13,7 +13,8 @@ from pydantic import JsonValue
 from ncfm_core.submission import resolve
 from service.database import StoreError
 from service.filtering import Filter
-from service.jobs import IllegalMove, Job, Progress, Reason, State, new_job_id
+from service.jobs import IllegalMove, Job, Reason, State, new_job_id
+from service.reports import Progress
 from service.store import Sighting, Store
 from worker.records import now
 

@@ -328,7 +328,9 @@ def test_doctor_when_rows_contradict_each_other_names_each(ncfm: Ncfm, store: St
         assert findings(ncfm)[0] == 0
 
 
-def test_doctor_when_a_history_has_a_move_that_is_not_made_any_more_lets_it_stand(ncfm: Ncfm, store: Store) -> None:
+def test_doctor_when_a_history_has_a_move_that_is_not_made_any_more_lets_it_stand(
+    ncfm: Ncfm, store: Store, storage: Storage
+) -> None:
     job = moved(store.move(new_job(store), State.STARTING, attempt=1))
     for to in (State.RECOVERING, State.FAILED):
         job = moved(store.move(job, to))
