@@ -20,13 +20,14 @@ from torch.profiler import record_function
 from ncfm_core import augment
 from ncfm_core.augment import Augmentation
 from ncfm_core.datasets import Dataset
+from ncfm_core.devices import require_device, told, tried_again
 from ncfm_core.discrepancy import (
     CharacteristicTarget,
     MeanTarget,
     Target,
     characteristic_function_by_class,
 )
-from ncfm_core.errors import CheckpointError, ResourcesError
+from ncfm_core.errors import CheckpointError, ResourcesError, SpecError
 from ncfm_core.execution import (
     BACKWARD_FORWARDS,
     Execution,
@@ -36,7 +37,8 @@ from ncfm_core.execution import (
     for_inference,
     in_chunks,
 )
-from ncfm_core.frequencies import FrequencySampler, Gaussian, ScaleMixture
+from ncfm_core.frequencies import sampler_of
+from ncfm_core.pieces import decoded_pieces, gathered
 from ncfm_core.pools import Extractors, TeacherPool
 from ncfm_core.progress import Progress, never
 from ncfm_core.rng import generator
@@ -60,9 +62,16 @@ class _Draw:
     target: Target
 
 
+def _too_much() -> ResourcesError:
+    message = "the data, the networks and the images do not fit the memory of the device"
+    hint = "Lower it, model.width, teachers.count or NCFM_DATA_MEMORY_GIB, above which real images stay in a file."
+    return ResourcesError.of("ipc", None, message, hint)
+
+
 class Distillation:
     """NCFM (arXiv 2502.20653): learn images whose features have the real data's characteristic function."""
 
+    @told(_too_much)
     def __init__(
         self,
         dataset: Dataset,
@@ -85,18 +94,29 @@ class Distillation:
             device: where to compute; the pool must be there.
             memory_limit: bytes that a step's activations may take; None for what is fast on the device.
             compiled: whether networks go through `torch.compile`; None where it pays.
+
+        Raises:
+            SpecError: a class has fewer real images than `ipc`, or `method.factor` does not divide their size.
+            ResourcesError: there is no such device, or its memory does not hold data, networks and images.
         """
+        require_device(device)
+        dataset.check_ipc(ipc)
+        if (size := dataset.image_shape[1]) % method.factor:
+            message = f"does not divide images of {size} pixels"
+            raise SpecError.of("method.factor", method.factor, message, "Choose 1, or an even image_size.")
         self._dataset, self._pool, self._method, self._seed = dataset.to(device), pool, method, seed
         self._real_batch = min(method.real_batch, min(dataset.class_counts))
         self.synthetic = start(
             self._dataset, ipc=ipc, factor=method.factor, init=method.init, draw=generator(seed, "distill/init")
         )
+        """The set as it is now: images, float32 of shape (C * ipc, channels, H, W), which a step may leave outside [0, 1] until
+        the next one begins (`end_here`), and labels, int64 of shape (C * ipc,)."""
         self.synthetic.images.requires_grad_(True)
         self._optimizer = torch.optim.AdamW(
             [self.synthetic.images], lr=method.image_lr, weight_decay=method.image_weight_decay
         )
         self._schedule = Schedule(method.schedule, method.image_lr, method.steps, device)
-        self._sampler = _sampler(method, pool.network.num_features, device)
+        self._sampler = sampler_of(method, pool.network.num_features, device)
         self._draw: _Draw | None = None
         self.total, self.step = method.steps, 0
         decoded = len(self.synthetic.labels) * method.factor**2
@@ -168,30 +188,28 @@ class Distillation:
         Args:
             compute: what to do.
             undo: takes back what a first try may have done already.
+
+        Raises:
+            ResourcesError: it ran out both times.
         """
-        try:
-            return compute()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-        if not self._pool.batch_statistics:
-            # Images of a batch-norm network influence each other: for those the second try only finds a cache emptied.
-            self.execution = self.execution.halved()
-        self.halvings += 1
-        undo()
-        if self.synthetic.images.is_cuda:
-            torch.cuda.empty_cache()
-        try:
-            return compute()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            raise ResourcesError.of(
-                "resources.memory_limit",
-                None,
-                f"a step does not fit the memory of {self.synthetic.images.device}, even with {self.execution}",
-                "Set resources.memory_limit (MiB) lower, or lower method.real_batch, method.num_frequencies or model.width.",
-            ) from error
+
+        def halve() -> bool:
+            if not self._pool.batch_statistics:
+                # Images of a batch-norm network influence each other: for those the second try only finds a cache emptied.
+                self.execution = self.execution.halved()
+            self.halvings += 1
+            undo()
+            return True
+
+        return tried_again(compute, halve=halve, full=self._full, device=self.synthetic.images.device)
+
+    def _full(self) -> ResourcesError:
+        return ResourcesError.of(
+            "resources.memory_limit",
+            None,
+            f"a step does not fit the memory of {self.synthetic.images.device}, even with {self.execution}",
+            "Set resources.memory_limit (MiB) lower, or lower method.real_batch, method.num_frequencies or model.width.",
+        )
 
     def _open_draw(self) -> Tensor:
         """Draw what the next window shares; psi's gain, on the device."""
@@ -212,9 +230,7 @@ class Distillation:
         # A window that a resumed run opens in its middle has had its ascent already: psi came back with the state.
         if self.step % method.reuse == 0 and method.sampler == "scale_mixture":
             with record_function("sampler"):
-                with torch.no_grad():
-                    decoded = self._decoded(images, augmentation)
-                    synthetic_CND = self._by_class(self._features(extractors.match, decoded))
+                synthetic_CND = self._synthetic_features(extractors, augmentation)
                 gain = self._sampler.ascend(normal_KD, real_CND, synthetic_CND)
         with torch.no_grad(), record_function("real_characteristic"):
             frequencies_KD = self._sampler.frequencies(normal_KD)
@@ -230,7 +246,7 @@ class Distillation:
         with torch.no_grad():
             images.clamp_(0, 1)
         gradient, losses = self._within_memory(self._gradient)
-        with record_function("optimizer"):
+        with record_function("optimizer"), told(self._full):
             images.grad = gradient
             for group in self._optimizer.param_groups:
                 group["lr"] = self._schedule.rate(self.step)
@@ -293,29 +309,46 @@ class Distillation:
 
     @torch.no_grad()
     def _real_features(self, extractors: Extractors, augmentation: Augmentation, index: int) -> Tensor:
-        """Features of a random real batch of every class, shape (C, N, D), computed in chunks of images."""
+        """Features of a random real batch of every class, shape (C, N, D), computed in chunks of images and held once."""
         chosen = self._dataset.class_batches(self._real_batch, generator(self._seed, "distill/real", index))
         if self._method.real_sampling == "prefix":
             chosen = self._dataset.members[:, : self._real_batch]
         device = self.synthetic.images.device
         low = self._method.precision == "bfloat16"
-        features = []
-        for piece in even_chunks(chosen.flatten().to(device), self.execution.chunk):
+
+        def features(piece: Tensor) -> Tensor:
             images = for_inference(augmentation(self._dataset.normalise(self._dataset.take(piece))), self.execution)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                features.append(self._features_forward(extractors.match, images).to(torch.float32))
-        return self._by_class(torch.cat(features))
+                return self._features_forward(extractors.match, images).to(torch.float32)
+
+        pieces = even_chunks(chosen.flatten().to(device), self.execution.chunk)
+        return self._by_class(gathered(map(features, pieces), chosen.numel()))
+
+    @torch.no_grad()
+    def _synthetic_features(self, extractors: Extractors, augmentation: Augmentation) -> Tensor:
+        """Features of all images of every class, shape (C, N, D): a chunk is decoded and augmented as its turn comes."""
+        images, factor = self.synthetic.images, self._method.factor
+        pieces = decoded_pieces(
+            images, factor, self.execution.chunk, lambda decoded: augmentation(self._dataset.normalise(decoded))
+        )
+        features = (self._features_forward(extractors.match, piece) for piece in pieces)
+        return self._by_class(gathered(features, len(images) * factor**2))
 
     def _by_class(self, features: Tensor) -> Tensor:
         return features.view(self._dataset.num_classes, -1, features.shape[1])
 
     def result(self) -> SyntheticSet:
-        """The set as it is now, with soft labels where the method asks for them."""
+        """The set as it is now, with soft labels where the method asks for them.
+
+        Raises:
+            ResourcesError: labelling a batch does not fit the memory, nor does half of it.
+        """
         synthetic = replace(self.synthetic, images=self.synthetic.images.detach())
         if self._method.labels == "hard":
             return synthetic
-        images, _ = synthetic.decode()
-        return replace(synthetic, soft_labels=self._pool.label(self._dataset.normalise(images)))
+        with told(_too_much):
+            images = self._dataset.normalise(synthetic.decode()[0])
+        return replace(synthetic, soft_labels=self._pool.label(images))
 
     def state(self) -> dict[str, Tensor]:
         """Images, optimiser, psi, schedule, step and execution as flat tensors on the CPU."""
@@ -346,23 +379,3 @@ class Distillation:
                 "checkpoint", None, f"does not fit this distillation: {error}", "Start afresh."
             ) from None
         self._draw = None
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; the CPU's allocator has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _sampler(method: NcfmSpec, num_features: int, device: torch.device) -> FrequencySampler:
-    if method.sampler == "gaussian":
-        return Gaussian(method.frequency_scale)
-    return ScaleMixture(
-        num_components=method.num_components,
-        num_features=num_features,
-        frequency_scale=method.frequency_scale,
-        lr=method.sampler_lr,
-        ascent_steps=method.sampler_steps,
-        objective=method.sampler_objective,
-        amplitude_weight=method.amplitude_weight,
-        device=device,
-    )

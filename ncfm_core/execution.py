@@ -47,6 +47,8 @@ Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
+    """How much of a step goes through a network at once, and in which form."""
+
     chunk: int
     """Images that go through a network at once."""
     block: int
@@ -73,6 +75,7 @@ class Execution:
 
     @classmethod
     def decode(cls, encoded: Tensor) -> Execution:
+        """What `encode` gave."""
         chunk, block, recompute, compiled = encoded.tolist()
         return cls(chunk=chunk, block=block, recompute=bool(recompute), compiled=bool(compiled))
 

@@ -87,6 +87,10 @@ def commit(building: Building, students: Generator[Progress, None, Evaluation], 
     """Run students to their end and commit what they found."""
     found = yield from follow(students, building.history)
     yield Notice(f"the students were trained {'compiled' if found.compiled else 'eager'}")
+    if found.halvings:
+        yield Notice(
+            f"memory ran out {found.halvings} times: students went on in smaller pieces; the last bits are their own"
+        )
     return (yield from building.commit({}, {"accuracy": accuracy_of(found).model_dump(mode="json"), **figures}))
 
 

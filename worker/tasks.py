@@ -145,11 +145,19 @@ def _inspect(spec: DatasetSpec, access: DataAccess, held_out: tuple[float, int] 
 def _run_stage(
     kind: Kind, site: Site, dataset: Any, arguments: dict[str, Any]
 ) -> Generator[Event | StageResult, None, None]:
+    from ncfm_core.devices import told
     from worker import stages
+
+    def full() -> ResourcesError:
+        # Where no part of the stage knows better.
+        message = f"the stage {kind} does not fit the memory of {site.device}"
+        return ResourcesError.of(
+            "model.width", None, message, "Lower it, ipc or the image size, or give the node more memory."
+        )
 
     yield STARTED
     storage = Storage(site.storage_url)
-    with StopWatch(storage, site.job_id, site.attempt) as watch:
+    with told(full), StopWatch(storage, site.job_id, site.attempt) as watch:
         stage: Callable[..., Stage] = getattr(stages, kind)
         asked = {"asked": watch.asked} if kind in SAVING else {}
         result = yield from in_trouble_no_longer(stage(site, storage, dataset, **arguments, **asked), watch.asked)
