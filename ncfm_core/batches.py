@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -52,12 +53,16 @@ class Batch:
     share: Tensor | float
     """Of the loss on `labels`; `others` have the rest."""
 
-    def split(self, size: int) -> Iterator[Batch]:
-        """In pieces of at most `size` images, for one network; the mean of their losses, weighted by images, is the batch's."""
-        for start in range(0, len(self.images), size):
-            part = slice(start, start + size)
-            others = None if self.others is None else self.others[part]
-            yield Batch(self.images[part], self.labels[part], others, self.share)
+    def split(self, size: int, axis: int = 0) -> Iterator[Batch]:
+        """In pieces of at most `size` images; the mean of their losses, weighted by images, is the batch's.
+
+        Args:
+            size: images of a piece.
+            axis: of the images: 0, or 1 where k networks are trained at once.
+        """
+        others = repeat(None) if self.others is None else self.others.split(size, axis)
+        pieces = zip(self.images.split(size, axis), self.labels.split(size, axis), others, strict=False)
+        return (Batch(images, labels, other, self.share) for images, labels, other in pieces)
 
 
 class Batches:

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ncfm_core.batches import Batches
+from ncfm_core.batches import Batch, Batches
+from ncfm_core.devices import told, tried_again
+from ncfm_core.errors import OutOfMemoryError
 from ncfm_core.models.convnet import ConvNet
 from ncfm_core.models.probing import largest_map, separable
 from ncfm_core.training import make_optimizer, set_rate
@@ -46,15 +48,25 @@ def students_at_once(network: nn.Module, batches: Batches) -> int:
 class Cohort:
     """Several students in one step."""
 
-    def __init__(self, students: Sequence[nn.Module], batches: Batches, *, seed: int, streams: Sequence[str]) -> None:
+    def __init__(
+        self,
+        students: Sequence[nn.Module],
+        batches: Batches,
+        *,
+        seed: int,
+        streams: Sequence[str],
+        field: str = "training",
+    ) -> None:
         """
         Args:
             students: fresh ones of one network, on the images' device.
             batches: what they are trained on.
             seed: of everything drawn.
             streams: name of each one's training.
+            field: where the recipe stands in a submission, for errors.
         """
-        self.total, self.step = batches.total, 0
+        self.total, self.step, self.halvings = batches.total, 0, 0
+        self._chunk, self._field = batches.batch_size, field
         self._batches, self._seed, self._streams = batches, seed, tuple(streams)
         names = [name for name, _ in students[0].named_parameters()]
         stacks = [torch.stack([student.get_parameter(name).detach() for student in students]) for name in names]
@@ -65,7 +77,13 @@ class Cohort:
         self._orders = torch.empty(0, dtype=torch.int64)
 
     def advance(self, until: int) -> None:
-        """Train from `step` to `until`."""
+        """Train from `step` to `until`.
+
+        A step that runs out of memory is tried once more with pieces of a batch that are half as large; `halvings` counts that.
+
+        Raises:
+            OutOfMemoryError: a step does not fit the memory, even so.
+        """
         while self.step < until:
             self._advance()
 
@@ -73,19 +91,42 @@ class Cohort:
         epoch, place = divmod(self.step, self._batches.steps_per_epoch)
         if place == 0:
             self._orders = self._batches.orders(epoch, seed=self._seed, streams=self._streams)
-        batch = self._batches.stacked(
-            [
-                self._batches.draw(order, self.step, seed=self._seed, stream=stream)
-                for order, stream in zip(self._orders, self._streams, strict=True)
-            ]
-        )
+        draws = [
+            self._batches.draw(order, self.step, seed=self._seed, stream=stream)
+            for order, stream in zip(self._orders, self._streams, strict=True)
+        ]
+        with told(self._full):
+            batch = self._batches.stacked(draws)
         set_rate(self._optimizer, self._batches.spec, epoch, is_first=place == 0)
-        # Each student's loss reaches its own slice of the parameters alone, so the gradient of the sum is that of each.
-        loss = self._batches.loss(self._forward(self._parameters, batch.images), batch).sum()
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        self._optimizer.step()
+        device = self._batches.device
+        tried_again(lambda: self._gradient(batch), halve=self._halve, full=self._full, device=device)
+        with told(self._full):
+            self._optimizer.step()
         self.step += 1
+
+    def _gradient(self, batch: Batch) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        for piece in batch.split(self._chunk, axis=1):
+            share = piece.images.shape[1] / batch.images.shape[1]
+            # Each student's loss reaches its own slice of the parameters alone, so the gradient of the sum is that of each.
+            loss = self._batches.loss(self._forward(self._parameters, piece.images), piece).sum() * share
+            torch.autograd.backward(loss)
+
+    def _halve(self) -> bool:
+        """Smaller pieces from now on; False where there are none."""
+        if self._chunk == 1:
+            return False
+        self._chunk, self.halvings = self._chunk // 2, self.halvings + 1
+        return True
+
+    def _full(self) -> OutOfMemoryError:
+        return OutOfMemoryError.of(
+            f"{self._field}.batch_size",
+            self._batches.spec.batch_size,
+            f"a step of {len(self._streams)} students on {self._batches.batch_size} images each does not fit the memory of "
+            f"{self._batches.device}, even in pieces of {self._chunk}",
+            "Lower it or model.width.",
+        )
 
     @torch.no_grad()
     def student(self, index: int) -> nn.Module:

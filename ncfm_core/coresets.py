@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ncfm_core.datasets import Dataset
-from ncfm_core.errors import SpecError
+from ncfm_core.devices import in_halves, require_device
+from ncfm_core.errors import OutOfMemoryError
 from ncfm_core.pools import TeacherPool
 from ncfm_core.rng import generator
 from ncfm_core.spec import CoresetName
-from ncfm_core.training import forward_batch
 
 
 def random_real(dataset: Dataset, *, ipc: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def random_real(dataset: Dataset, *, ipc: int, seed: int) -> tuple[Tensor, Tenso
     Raises:
         SpecError: a class has fewer.
     """
-    _check(dataset, ipc)
+    dataset.check_ipc(ipc)
     chosen = dataset.class_batches(ipc, generator(seed, "random-real")).flatten().to(dataset.device)
     return dataset.take(chosen), dataset.train_labels[chosen]
 
@@ -44,19 +44,31 @@ def coreset(
 
     Raises:
         SpecError: a class has fewer.
+        ResourcesError: there is no such device, or so few images as a batch has do not fit its memory, nor do half as many.
     """
-    _check(dataset, ipc)
+    dataset.check_ipc(ipc)
+    require_device(device)
     choose = {"herding": herding, "k_center": k_center}[name]
     weights = pool.trained(0)
-    chosen = []
-    for members, count in zip(dataset.members, dataset.class_counts, strict=True):
-        indices = members[:count].to(dataset.device)
-        parts = [
-            pool.raw_features(weights, dataset.normalise(dataset.take(part).to(device)))
-            for part in indices.split(forward_batch(device))
-        ]
-        chosen.append(indices[choose(torch.cat(parts), ipc).to(dataset.device)])
-    order = torch.cat(chosen)
+
+    def features(indices: Tensor, size: int) -> Tensor:
+        parts = indices.split(size)
+        return torch.cat(
+            [pool.raw_features(weights, dataset.normalise(dataset.take(part).to(device))) for part in parts]
+        )
+
+    def chosen(size: int) -> Tensor:
+        rows = []
+        for members, count in zip(dataset.members, dataset.class_counts, strict=True):
+            indices = members[:count].to(dataset.device)
+            rows.append(indices[choose(features(indices, size), ipc).to(dataset.device)])
+        return torch.cat(rows)
+
+    def full(size: int) -> OutOfMemoryError:
+        message = f"the features of {size} images at once do not fit the memory of {device}"
+        return OutOfMemoryError.of("model.width", None, message, "Lower it, or the image size.")
+
+    order = in_halves(chosen, pool.forward_batch(), full=full, device=device)
     return dataset.take(order), dataset.train_labels[order]
 
 
@@ -106,10 +118,3 @@ def k_center(features: Tensor, count: int) -> Tensor:
         best = nearest.argmax().view(1)
         chosen.append(best)
     return torch.cat(chosen)
-
-
-def _check(dataset: Dataset, ipc: int) -> None:
-    smallest = min(dataset.class_counts)
-    if ipc > smallest:
-        message = "more images per class than the smallest class has to choose from"
-        raise SpecError.of("ipc", ipc, message, f"Choose 1 to {smallest}.")

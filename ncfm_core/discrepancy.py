@@ -134,18 +134,28 @@ class Target(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CharacteristicTarget:
+    """The characteristic functions of the real features, at the frequencies of a draw (NCFM)."""
+
     real: CharacteristicFunction
+    """Of shape (C, K)."""
     frequencies_KD: Tensor
+    """Shape (K, D), shared by the classes."""
     amplitude_weight: float
+    """As in `gap`."""
 
     def gaps(self, synthetic_BND: Tensor, classes: slice) -> Tensor:
+        """`gap` of each class of a block, shape (B,)."""
         synthetic = characteristic_function(synthetic_BND, self.frequencies_KD)
         return gap(self.real[classes], synthetic, self.amplitude_weight)
 
 
 @dataclass(frozen=True, slots=True)
 class MeanTarget:
+    """The means of the real features (DM)."""
+
     real_mean_CD: Tensor
+    """Shape (C, D)."""
 
     def gaps(self, synthetic_BND: Tensor, classes: slice) -> Tensor:
+        """`mean_gap` of each class of a block, shape (B,)."""
         return mean_gap(self.real_mean_CD[classes], synthetic_BND)

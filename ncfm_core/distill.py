@@ -20,27 +20,27 @@ from torch.profiler import record_function
 from ncfm_core import augment
 from ncfm_core.augment import Augmentation
 from ncfm_core.datasets import Dataset
+from ncfm_core.devices import require_device, told, tried_again
 from ncfm_core.discrepancy import (
     CharacteristicTarget,
     MeanTarget,
     Target,
     characteristic_function_by_class,
 )
-from ncfm_core.errors import CheckpointError, OutOfMemoryError
+from ncfm_core.errors import CheckpointError, OutOfMemoryError, SpecError
 from ncfm_core.execution import (
     BACKWARD_FORWARDS,
     Execution,
     choose,
     compiled_form,
-    even_chunks,
     fallen_back,
-    for_inference,
     in_chunks,
 )
 from ncfm_core.frequencies import sampler_of
-from ncfm_core.pools import Extractors, TeacherPool, in_bfloat16
+from ncfm_core.pieces import decoded_pieces, gathered, real_features
+from ncfm_core.pools import Extractors, TeacherPool
 from ncfm_core.progress import Progress, never
-from ncfm_core.rng import generator, moved
+from ncfm_core.rng import generator
 from ncfm_core.schedule import Schedule
 from ncfm_core.spec import NcfmSpec
 from ncfm_core.synthetic import SyntheticSet, decode, start
@@ -61,9 +61,15 @@ class _Draw:
     target: Target
 
 
+def _too_much() -> OutOfMemoryError:
+    hint = "Lower it, model.width, teachers.count or NCFM_DATA_MEMORY_GIB, above which real images stay in a file."
+    return OutOfMemoryError.of("ipc", None, "data, networks and images do not fit the memory of the device", hint)
+
+
 class Distillation:
     """NCFM (arXiv 2502.20653): learn images whose features have the real data's characteristic function."""
 
+    @told(_too_much)
     def __init__(
         self,
         dataset: Dataset,
@@ -92,12 +98,23 @@ class Distillation:
             seconds: that are left for the steps, for that choice: what does not fit them will not pay it back. None for as many
                 as they take. It ends nothing.
             channels_last: whether real images go through a network on a GPU in that layout; to be measured.
+
+        Raises:
+            SpecError: a class has fewer real images than `ipc`, or `method.factor` does not divide their size.
+            ResourcesError: there is no such device, or its memory does not hold data, networks and images.
         """
+        require_device(device)
+        dataset.check_ipc(ipc)
+        if (size := dataset.image_shape[1]) % method.factor:
+            message = f"does not divide images of {size} pixels"
+            raise SpecError.of("method.factor", method.factor, message, "Choose 1, or an even image_size.")
         self._dataset, self._pool, self._method, self._seed = dataset.to(device), pool, method, seed
         self._real_batch = min(method.real_batch, min(dataset.class_counts))
         self.synthetic = start(
             self._dataset, ipc=ipc, factor=method.factor, init=method.init, draw=generator(seed, "distill/init")
         )
+        """The set as it is now: images, float32 of shape (C * ipc, channels, H, W), which a step may leave outside [0, 1] until
+        the next one begins (`end_here`), and labels, int64 of shape (C * ipc,)."""
         self.synthetic.images.requires_grad_(True)
         self._optimizer = torch.optim.AdamW(
             [self.synthetic.images], lr=method.image_lr, weight_decay=method.image_weight_decay
@@ -197,35 +214,20 @@ class Distillation:
         return self._step()
 
     def _within_memory(self, compute: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
-        """The result of a computation, which is tried once more with half as much at once if memory runs out.
+        """The result of a computation, which is tried once more, undone, with half as much at once if memory runs out."""
 
-        Args:
-            compute: what to do.
-            undo: takes back what a first try may have done already.
-        """
-        try:
-            return compute()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-        if not self._pool.batch_statistics:
-            # Images of a batch-norm network influence each other: for those the second try only finds a cache emptied.
-            self.execution = self.execution.halved()
-        self.halvings += 1
-        undo()
-        if self.synthetic.images.is_cuda:
-            torch.cuda.empty_cache()
-        try:
-            return compute()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
-                raise
-            raise OutOfMemoryError.of(
-                "resources.memory_limit",
-                None,
-                f"a step does not fit the memory of {self.synthetic.images.device}, even with {self.execution}",
-                "Set resources.memory_limit (MiB) lower, or lower method.real_batch, method.num_frequencies or model.width.",
-            ) from error
+        def halve() -> bool:
+            if not self._pool.batch_statistics:
+                # Images of a batch-norm network influence each other: for those the second try only finds a cache emptied.
+                self.execution = self.execution.halved()
+            self.halvings += 1
+            undo()
+            return True
+
+        return tried_again(compute, halve=halve, full=self._full, device=self.synthetic.images.device)
+
+    def _full(self) -> OutOfMemoryError:
+        return self.execution.too_large(self.synthetic.images.device)
 
     def _open_draw(self) -> Tensor:
         """Draw what the next window shares; psi's gain, on the device."""
@@ -247,9 +249,7 @@ class Distillation:
         # A window that a resumed run opens in its middle has had its ascent already: psi came back with the state.
         if self.step % method.reuse == 0 and method.sampler == "scale_mixture":
             with record_function("sampler"):
-                with torch.no_grad():
-                    decoded = self._decoded(images, augmentation)
-                    synthetic_CND = self._by_class(self._features(extractors.match, decoded))
+                synthetic_CND = self._synthetic_features(extractors, augmentation)
                 gain = self._sampler.ascend(normal_KD, real_CND, synthetic_CND)
         with torch.no_grad(), record_function("real_characteristic"):
             frequencies_KD = self._sampler.frequencies(normal_KD)
@@ -265,7 +265,7 @@ class Distillation:
         with torch.no_grad():
             images.clamp_(0, 1)
         gradient, losses = self._within_memory(self._gradient)
-        with record_function("optimizer"):
+        with record_function("optimizer"), told(self._full):
             images.grad = gradient
             for group in self._optimizer.param_groups:
                 group["lr"] = self._schedule.rate(self.step)
@@ -306,7 +306,8 @@ class Distillation:
     def _matched(self, block: Tensor, classes: slice) -> Tensor:
         """Sum over classes of the discrepancy of a block of images."""
         assert self._draw is not None
-        features = self._features(self._draw.extractors.match, self._decoded(block, self._draw.augmentation))
+        images = self._decoded(block, self._draw.augmentation)
+        features = in_chunks(self._features_forward, self._draw.extractors.match, images, self.execution)
         features_BND = features.view(classes.stop - classes.start, -1, features.shape[1])
         return self._draw.target.gaps(features_BND, classes).sum()
 
@@ -324,41 +325,47 @@ class Distillation:
     def _decoded(self, images: Tensor, augmentation: Augmentation) -> Tensor:
         return augmentation(self._dataset.normalise(decode(images, self._method.factor)))
 
-    def _features(self, weights: dict[str, Tensor], images: Tensor) -> Tensor:
-        return in_chunks(self._features_forward, weights, images, self.execution)
-
     @torch.no_grad()
     def _real_features(self, extractors: Extractors, augmentation: Augmentation, index: int) -> Tensor:
-        """Features of a random real batch of every class, shape (C, N, D), computed in chunks of images."""
+        """Features of a random real batch of every class, shape (C, N, D), computed in chunks of images and held once."""
         chosen = self._dataset.class_batches(self._real_batch, generator(self._seed, "distill/real", index))
         if self._method.real_sampling == "prefix":
             chosen = self._dataset.members[:, : self._real_batch]
-        device = self.synthetic.images.device
-        low, weights = self._method.precision == "bfloat16", extractors.match
-        # On a GPU autocast keeps every norm in float32, and converts before and after it: there the network is cast instead.
-        cast = low and device.type == "cuda"
-        if cast:
-            weights = in_bfloat16(weights)
-        features = []
-        chosen = moved(chosen.flatten(), self._dataset.train.index_device)
-        for piece in even_chunks(chosen, self.execution.chunk):
-            images = augmentation(self._dataset.normalise(self._dataset.take(piece)))
-            images = for_inference(images, self.execution, channels_last=self._channels_last)
-            images = images.to(torch.bfloat16) if cast else images
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low and not cast):
-                features.append(self._features_forward(weights, images).to(torch.float32))
-        return self._by_class(torch.cat(features))
+        features = real_features(
+            self._features_forward,
+            extractors.match,
+            self._dataset,
+            chosen.flatten(),
+            augmentation,
+            self.execution,
+            bfloat16=self._method.precision == "bfloat16",
+            channels_last=self._channels_last,
+        )
+        return self._by_class(features)
+
+    @torch.no_grad()
+    def _synthetic_features(self, extractors: Extractors, augmentation: Augmentation) -> Tensor:
+        """Features of all images of every class, shape (C, N, D): a chunk is decoded and augmented as its turn comes."""
+        images, factor, chunk = self.synthetic.images, self._method.factor, self.execution.chunk
+        pieces = decoded_pieces(images, factor, chunk, lambda decoded: augmentation(self._dataset.normalise(decoded)))
+        features = (self._features_forward(extractors.match, piece) for piece in pieces)
+        return self._by_class(gathered(features, len(images) * factor**2))
 
     def _by_class(self, features: Tensor) -> Tensor:
         return features.view(self._dataset.num_classes, -1, features.shape[1])
 
     def result(self) -> SyntheticSet:
-        """The set as it is now, with soft labels where the method asks for them."""
+        """The set as it is now, with soft labels where the method asks for them.
+
+        Raises:
+            OutOfMemoryError: labelling a batch does not fit the memory, nor does half of it.
+        """
         synthetic = replace(self.synthetic, images=self.synthetic.images.detach())
         if self._method.labels == "hard":
             return synthetic
-        images, _ = synthetic.decode()
-        return replace(synthetic, soft_labels=self._pool.label(self._dataset.normalise(images)))
+        with told(_too_much):
+            images = self._dataset.normalise(synthetic.decode()[0])
+        return replace(synthetic, soft_labels=self._pool.label(images))
 
     def state(self) -> dict[str, Tensor]:
         """Images, optimiser, psi, schedule, step and execution as flat tensors on the CPU."""
@@ -390,8 +397,3 @@ class Distillation:
                 "checkpoint", None, f"does not fit this distillation: {error}", "Start afresh."
             ) from None
         self._draw = None
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; the CPU's allocator has no exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ncfm_core.batches import Batches
 from ncfm_core.cohort import Cohort, students_at_once
 from ncfm_core.datasets import Dataset, Images
+from ncfm_core.devices import require_device, told
+from ncfm_core.errors import OutOfMemoryError
 from ncfm_core.models import build_model
 from ncfm_core.progress import Progress, finish
 from ncfm_core.rng import generator
@@ -31,6 +33,8 @@ class Evaluation:
     """Whether the students went through `torch.compile`."""
     compile_error: str = ""
     """Why they did not although they were to, in one line; empty where that is not so."""
+    halvings: int = 0
+    """How often a batch was cut in smaller pieces for want of memory; the bits are then no longer those of another run."""
 
 
 def evaluate(
@@ -48,6 +52,7 @@ def evaluate(
     at_once: int | None = None,
     first: int = 0,
     compiled: bool | None = None,
+    field: str = "evaluate.training",
 ) -> Generator[Progress, None, Evaluation]:
     """Train fresh students on labelled images and test each.
 
@@ -66,23 +71,34 @@ def evaluate(
         first: index of the first of them, so that a seed's students can be trained in several calls.
         compiled: whether students that are trained one by one go through `torch.compile`; None where it pays for all of them, and
             eager after all where the compiler then fails at a first step.
+        field: where the recipe stands in a submission, for errors.
 
     Yields:
         Progress after every student, with its accuracy.
 
     Raises:
-        SpecError: the loss compares with teacher logits and there are none.
+        SpecError: the loss compares with teacher logits and there are none, or images are too small for the network.
+        ResourcesError: there is no such device, or its memory is too small, even for smaller pieces of a batch.
     """
-    images = images.detach() if isinstance(images, Tensor) else images
-    dataset, images, labels = dataset.to(device), images.to(device), labels.to(device)
-    targets = None if targets is None else targets.detach().to(device)
+    require_device(device)
+
+    def full() -> OutOfMemoryError:
+        message = f"the images and a network do not fit the memory of {device}"
+        hint = "Lower it or NCFM_DATA_MEMORY_GIB, above which images stay in a file."
+        return OutOfMemoryError.of("model.width", model.width, message, hint)
+
+    with told(full):
+        images = images.detach() if isinstance(images, Tensor) else images
+        dataset, images, labels = dataset.to(device), images.to(device), labels.to(device)
+        targets = None if targets is None else targets.detach().to(device)
+        batches = Batches(images, labels, dataset, spec=training, targets=targets)
+        fresh = _student(first, model, dataset, seed)
+        at_once = students_at_once(fresh, batches) if at_once is None else at_once
+        asked = compiled
+        compiled = at_once == 1 and to_compile(fresh, batches, compiled, trainings=students)
     last: list[float] = []
     best: list[float] = []
-    batches = Batches(images, labels, dataset, spec=training, targets=targets)
-    fresh = _student(first, model, dataset, seed)
-    at_once = students_at_once(fresh, batches) if at_once is None else at_once
-    may_fall_back, compile_error = compiled is None, ""
-    compiled = at_once == 1 and to_compile(fresh, batches, compiled, trainings=students)
+    halvings, may_fall_back, compile_error = 0, asked is None, ""
     alone = partial(
         Training,
         images=images,
@@ -92,24 +108,29 @@ def evaluate(
         seed=seed,
         targets=targets,
         may_fall_back=may_fall_back,
+        field=field,
     )
     while len(last) < students:
         members = range(first + len(last), first + min(len(last) + at_once, students))
-        networks = [_student(index, model, dataset, seed) for index in members]
         streams = [f"student/{index}" for index in members]
-        if len(networks) == 1:
-            run = alone(networks[0], stream=streams[0], compiled=compiled)
-            looks = _look_alone(run, dataset, tests)
-        else:
-            looks = _look_together(Cohort(networks, batches, seed=seed, streams=streams), len(members), dataset, tests)
+        run: Training | Cohort
+        with told(full):
+            networks = [_student(index, model, dataset, seed) for index in members]
+            if len(networks) == 1:
+                run = alone(networks[0], stream=streams[0], compiled=compiled)
+                looks = _look_alone(run, dataset, tests)
+            else:
+                run = Cohort(networks, batches, seed=seed, streams=streams, field=field)
+                looks = _look_together(run, len(members), dataset, tests)
         for accuracies in zip(*looks, strict=True):
             last.append(accuracies[-1])
             best.append(max(accuracies))
             yield Progress(len(last), students, "student", {"accuracy": last[-1], "best_accuracy": best[-1]})
-        if len(networks) == 1 and run.compile_error:
+        halvings += run.halvings
+        if isinstance(run, Training) and run.compile_error:
             # Those after it need not fail first.
             compiled, compile_error = False, run.compile_error
-    return Evaluation(tuple(last), tuple(best), compiled, compile_error)
+    return Evaluation(tuple(last), tuple(best), compiled, compile_error, halvings)
 
 
 def choose_rate(

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ncfm_core.cost import CPU_RATE, GPU_RATE
-from ncfm_core.errors import NcfmError, ResourcesError
+from ncfm_core.errors import NcfmError, OutOfMemoryError, ResourcesError
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Largest activation of a chunk. A core's caches hold 8 MiB: chunks of that size run twice as fast there as large ones, whose
@@ -57,6 +57,8 @@ Forward = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
+    """How much of a step goes through a network at once, and in which form."""
+
     chunk: int
     """Images that go through a network at once."""
     block: int
@@ -77,12 +79,21 @@ class Execution:
             return replace(self, block=self.block // 2, chunk=max(1, self.chunk // 2))
         return replace(self, chunk=max(1, self.chunk // 2), recompute=True)
 
+    def too_large(self, device: torch.device) -> OutOfMemoryError:
+        """The error where a step does not fit even so."""
+        message = f"a step does not fit the memory of {device}, even with {self}"
+        hint = (
+            "Set resources.memory_limit (MiB) lower, or lower method.real_batch, method.num_frequencies or model.width."
+        )
+        return OutOfMemoryError.of("resources.memory_limit", None, message, hint)
+
     def encode(self) -> Tensor:
         """As int64 of shape (4,), for a state."""
         return torch.tensor([self.chunk, self.block, int(self.recompute), int(self.compiled)])
 
     @classmethod
     def decode(cls, encoded: Tensor) -> Execution:
+        """What `encode` gave."""
         chunk, block, recompute, compiled = encoded.tolist()
         return cls(chunk=chunk, block=block, recompute=bool(recompute), compiled=bool(compiled))
 

@@ -24,33 +24,47 @@ from ncfm_core.training import load_optimizer_state, optimizer_state, part
 class FrequencySampler(Protocol):
     """Turns standard normal draws of shape (K, D) into frequencies of the same shape."""
 
-    def frequencies(self, normal_KD: Tensor) -> Tensor: ...
+    def frequencies(self, normal_KD: Tensor) -> Tensor:
+        """The frequencies of a draw, shape (K, D)."""
+        ...
 
     def ascend(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
         """Play the sampler's side of the minmax for one draw; the rise of its objective, as a scalar on the device."""
         ...
 
-    def state(self) -> dict[str, Tensor]: ...
+    def state(self) -> dict[str, Tensor]:
+        """What was learned, as flat tensors."""
+        ...
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave; KeyError or RuntimeError where it is of another sampler."""
+        ...
 
 
 class Gaussian:
-    """Nothing to learn."""
+    """t ~ N(0, s^2 I): nothing to learn."""
 
     def __init__(self, frequency_scale: float) -> None:
+        """
+        Args:
+            frequency_scale: s.
+        """
         self.frequency_scale = frequency_scale
 
     def frequencies(self, normal_KD: Tensor) -> Tensor:
+        """s z, shape (K, D)."""
         return normal_KD * self.frequency_scale
 
     def ascend(self, normal_KD: Tensor, real_CND: Tensor, synthetic_CND: Tensor) -> Tensor:
+        """No ascent: a rise of zero, a scalar on the device."""
         return normal_KD.new_zeros(())
 
     def state(self) -> dict[str, Tensor]:
+        """Empty."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to load."""
         return None
 
 
@@ -93,6 +107,11 @@ class ScaleMixture:
         return free / free.square().mean(1, keepdim=True).sqrt()
 
     def frequencies(self, normal_KD: Tensor) -> Tensor:
+        """s sigma_k z, shape (K, D), differentiable in the log-scales: K / components rows in turn belong to each component.
+
+        Args:
+            normal_KD: standard normal draws; the components must divide K.
+        """
         num_components = len(self.log_scales)
         shaped = normal_KD.view(num_components, -1, normal_KD.shape[1]) * self.scales().unsqueeze(1)
         return shaped.flatten(0, 1) * self.frequency_scale
@@ -107,6 +126,9 @@ class ScaleMixture:
             normal_KD: the draw that the images will meet too.
             real_CND: real features, without gradient.
             synthetic_CND: synthetic features, without gradient.
+
+        Returns:
+            The rise of the objective, a scalar on the device.
         """
         rise = normal_KD.new_zeros(())
         for _ in range(self.ascent_steps):
@@ -145,10 +167,12 @@ class ScaleMixture:
         return value
 
     def state(self) -> dict[str, Tensor]:
+        """Log-scales, float32 of shape (components, D), and their optimiser."""
         optimizer = {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self._optimizer).items()}
         return {"log_scales": self.log_scales.detach().clone()} | optimizer
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave; KeyError or RuntimeError where it is of another mixture."""
         with torch.no_grad():
             self.log_scales.copy_(state["log_scales"])
         load_optimizer_state(self._optimizer, part(state, "optimizer."))

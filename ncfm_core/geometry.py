@@ -7,7 +7,10 @@ Maps are square; images of 28 pixels are padded to 32 by the first convolution.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from ncfm_core.errors import Problem
+from ncfm_core.networks import NETWORKS
 from ncfm_core.spec import ModelSpec
 
 POOLED_SIZE = 4
@@ -130,3 +133,30 @@ def smallest_image(model: ModelSpec) -> int:
     if model.name == "resnet18_ap":
         return 16 if model.norm == "instance" else 8
     return 1 << sum(stage.pool for stage in chain(model))
+
+
+def size_problem(where: str, model: ModelSpec, image_size: int) -> Problem | None:
+    """Which field of a network makes images too small for it, and the way out; None where they are large enough.
+
+    Args:
+        where: path of the network in a submission, such as `evaluate.0.model`.
+        model: the network.
+        image_size: height and width of the images in pixels.
+    """
+
+    def fits(**changes: Any) -> bool:
+        return smallest_image(model.model_copy(update=changes)) <= padded(image_size)
+
+    if fits():
+        return None
+    if model.depth is not None:
+        most = padded(image_size).bit_length() - 1
+        message = f"too deep for images of {image_size} pixels"
+        return Problem(f"{where}.depth", str(model.depth), message, f"Choose at most {most}.")
+    norms = [norm for norm in NETWORKS[model.name].norms if fits(norm=norm)]
+    if norms:
+        message = f"erases the last map of {model.name}, which is one pixel for images of {image_size} pixels"
+        return Problem(f"{where}.norm", repr(model.norm), message, f"Choose {' or '.join(norms)}.")
+    others = [name for name in NETWORKS if name != "convnet" and fits(name=name, norm="group")]
+    message = f"needs images of at least {smallest_image(model)} pixels, these have {image_size}"
+    return Problem(f"{where}.name", repr(model.name), message, f"Choose one of: {', '.join(['convnet', *others])}.")

@@ -11,20 +11,29 @@ import torch
 from torch import Tensor
 
 from ncfm_core.datasets import Dataset
+from ncfm_core.devices import in_halves, require_device, told
+from ncfm_core.errors import OutOfMemoryError, SpecError
 from ncfm_core.models import Network, build_model
 from ncfm_core.progress import Progress, never
 from ncfm_core.rng import generator
 from ncfm_core.spec import ModelSpec, TrainingSpec
-from ncfm_core.training import Training, accuracy, part
+from ncfm_core.training import Training, accuracy, forward_batch, part
 
 Weights = dict[str, Tensor]
 LABEL_BATCH = 256
-"""Images labelled at once."""
+"""Images labelled at once, at most."""
+
+
+def _full() -> OutOfMemoryError:
+    message = "the networks and the images do not fit the memory of the device"
+    hint = "Lower it, teachers.count or NCFM_DATA_MEMORY_GIB, above which images stay in a file."
+    return OutOfMemoryError.of("model.width", None, message, hint)
 
 
 class TeacherTraining:
     """One teacher of a pool; which one depends on (seed, index) alone, so pools of 10 and 20 share ten."""
 
+    @told(_full)
     def __init__(
         self,
         dataset: Dataset,
@@ -47,8 +56,12 @@ class TeacherTraining:
             device: where to train.
             compiled: whether it goes through `torch.compile`; None where it pays.
             seconds: that are left for it, for that choice; None for as many as it takes.
+
+        Raises:
+            SpecError: images are too small for the network, or the recipe's loss compares with teacher logits.
+            ResourcesError: there is no such device, or its memory does not hold the images and the network.
         """
-        self._dataset = dataset.to(device)
+        self._dataset = dataset.to(require_device(device))
         stream = f"teacher/{index}"
         network = build_model(
             model,
@@ -67,6 +80,7 @@ class TeacherTraining:
             stream=stream,
             compiled=compiled,
             seconds=seconds,
+            field="teachers.training",
         )
 
     @property
@@ -80,15 +94,26 @@ class TeacherTraining:
         return self._training.compile_error
 
     @property
+    def halvings(self) -> int:
+        """How often a batch was cut in smaller pieces for want of memory; the bits are then no longer those of another run."""
+        return self._training.halvings
+
+    @property
     def total(self) -> int:
+        """Steps in all."""
         return self._training.total
 
     @property
     def step(self) -> int:
+        """Steps done."""
         return self._training.step
 
     def run(self, until: int | None = None, *, pause: Callable[[], bool] = never) -> Iterator[Progress]:
-        """Train from `step` to `until` (all of it by default), or to the first step after which `pause` says so."""
+        """Train from `step` to `until` (all of it by default), or to the first step after which `pause` says so.
+
+        Raises:
+            OutOfMemoryError: a step does not fit the memory, even in smaller pieces.
+        """
         yield from self._training.run(until, pause=pause)
 
     def state(self) -> Weights:
@@ -96,6 +121,11 @@ class TeacherTraining:
         return self._training.state()
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state.
+
+        Raises:
+            CheckpointError: it is of another training.
+        """
         self._training.load_state(state)
 
     def result(self) -> Weights:
@@ -106,7 +136,11 @@ class TeacherTraining:
         }
 
     def accuracy(self) -> float:
-        """Test accuracy of the trained end, in percent."""
+        """Test accuracy of the trained end, in percent.
+
+        Raises:
+            OutOfMemoryError: a batch of test images does not fit the memory, nor does half of it.
+        """
         return accuracy(self._training.model, self._dataset)
 
 
@@ -123,6 +157,7 @@ class Extractors:
 class TeacherPool:
     """All teachers, stacked on the device, so that a blend is one `lerp` per parameter."""
 
+    @told(_full)
     def __init__(
         self,
         model: ModelSpec,
@@ -136,14 +171,23 @@ class TeacherPool:
             dataset: for image shape and classes.
             teachers: what `TeacherTraining.result` gave, at least one.
             device: where to keep them.
+
+        Raises:
+            SpecError: there are none, or images are too small for the network.
+            ResourcesError: there is no such device, or its memory does not hold them.
         """
+        if not teachers:
+            raise SpecError.of(
+                "teachers", 0, "a pool needs a teacher", "Give what TeacherTraining.result gave, at least once."
+            )
+        require_device(device)
         self.network: Network = build_model(
             model, image_shape=dataset.image_shape, num_classes=dataset.num_classes, draw=generator(0, "unused")
         ).to(device)
         _freeze(self.network)
         # Apart, so that no call has to switch the mode of a network that may be compiled.
         self._evaluated = copy.deepcopy(self.network).eval() if model.batch_statistics else self.network
-        self.count = len(teachers)
+        self.count, self._image_shape, self._device = len(teachers), dataset.image_shape, device
         self.batch_statistics = model.batch_statistics
         parameters, buffers = (
             [name for name, _ in named] for named in (self.network.named_parameters(), self.network.named_buffers())
@@ -200,6 +244,12 @@ class TeacherPool:
         logits: Tensor = torch.func.functional_call(self._evaluated, weights, (images,))
         return logits
 
+    def forward_batch(self, most: int | None = None) -> int:
+        """Images to put through a network of this pool at a time without gradients; at most so many."""
+        image = torch.zeros((1, *self._image_shape), device=self._device)
+        with told(_full):
+            return forward_batch(self._evaluated, image, most)
+
     @torch.no_grad()
     def label(self, images: Tensor) -> Tensor:
         """Soft labels: the logarithm of the mean probability that the trained teachers give each class.
@@ -209,12 +259,25 @@ class TeacherPool:
 
         Returns:
             Logits, float32 of shape (N, classes).
+
+        Raises:
+            OutOfMemoryError: a batch does not fit the memory, nor does half of it.
         """
-        pieces = []
-        for piece in images.split(LABEL_BATCH):
-            each = [self.logits(self.trained(index), piece).log_softmax(1) for index in range(self.count)]
-            pieces.append(torch.stack(each).logsumexp(0) - math.log(self.count))
-        return torch.cat(pieces)
+
+        def labelled(size: int) -> Tensor:
+            pieces = []
+            for piece in images.split(size):
+                each = [self.logits(self.trained(index), piece).log_softmax(1) for index in range(self.count)]
+                pieces.append(torch.stack(each).logsumexp(0) - math.log(self.count))
+            return torch.cat(pieces)
+
+        def full(size: int) -> OutOfMemoryError:
+            message = f"labelling {size} images at once does not fit the memory of {self._device}"
+            return OutOfMemoryError.of(
+                "model.width", None, message, "Lower it, or the image size; or take method.labels hard."
+            )
+
+        return in_halves(labelled, self.forward_batch(LABEL_BATCH), full=full, device=self._device)
 
 
 def in_bfloat16(weights: Weights) -> Weights:

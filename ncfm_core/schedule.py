@@ -56,12 +56,14 @@ class Schedule:
                 self._cuts, self._waited = self._cuts + 1, 0
 
     def state(self) -> dict[str, Tensor]:
+        """What `plateau` has seen, as flat tensors: `losses` of shape (25,), `counts` of shape (3,). Empty for other rules."""
         if self._name != "plateau":
             return {}
         counts = torch.tensor([self._best, self._waited, self._cuts], dtype=torch.float64)
         return {"losses": self._losses.clone(), "counts": counts}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave; KeyError where it is of another rule."""
         if self._name != "plateau":
             return
         self._losses.copy_(state["losses"])

@@ -17,12 +17,12 @@ from pydantic import BaseModel, JsonValue, ValidationError
 from ncfm_core import presets
 from ncfm_core.catalog import DATASETS, DatasetFacts, PresetName, dataset_facts, nearest
 from ncfm_core.errors import Problem, SpecError, shorten
-from ncfm_core.geometry import padded, smallest_image
+from ncfm_core.geometry import size_problem
 from ncfm_core.networks import NETWORKS
 from ncfm_core.parts import UnfitError
 from ncfm_core.presets import overlay
 from ncfm_core.protocols import PROTOCOLS, RATE_FRACTION, Document, held_out_count, protocol
-from ncfm_core.spec import DatasetSpec, JobSpec, ModelSpec
+from ncfm_core.spec import DatasetSpec, JobSpec
 
 _NAMED = ("dataset", "method", "model")
 """Parts that may be given by their name alone."""
@@ -215,8 +215,8 @@ def _check_fit(spec: JobSpec, facts: DatasetFacts) -> None:
         problems.append(too_many)
     models = {"model": spec.model} | {f"evaluate.{i}.model": entry.model for i, entry in enumerate(spec.evaluate)}
     for where, model in models.items():
-        if padded(facts.image_size) < smallest_image(model):
-            problems.append(_too_small(where, model, facts.image_size))
+        if (too_small := size_problem(where, model, facts.image_size)) is not None:
+            problems.append(too_small)
     if facts.image_size % spec.method.factor:
         message = f"does not divide images of {facts.image_size} pixels"
         problems.append(Problem("method.factor", str(spec.method.factor), message, "Choose 1, or an even image_size."))
@@ -224,25 +224,6 @@ def _check_fit(spec: JobSpec, facts: DatasetFacts) -> None:
     problems.extend(_check_judging(spec, facts))
     if problems:
         raise SpecError(*problems)
-
-
-def _too_small(where: str, model: ModelSpec, size: int) -> Problem:
-    """Which field of a network makes images of that size too small for it."""
-
-    def fits(**changes: Any) -> bool:
-        return smallest_image(model.model_copy(update=changes)) <= padded(size)
-
-    if model.depth is not None:
-        most = padded(size).bit_length() - 1
-        message = f"too deep for images of {size} pixels"
-        return Problem(f"{where}.depth", str(model.depth), message, f"Choose at most {most}.")
-    norms = [norm for norm in NETWORKS[model.name].norms if fits(norm=norm)]
-    if norms:
-        message = f"erases the last map of {model.name}, which is one pixel for images of {size} pixels"
-        return Problem(f"{where}.norm", repr(model.norm), message, f"Choose {' or '.join(norms)}.")
-    others = [name for name in NETWORKS if name != "convnet" and fits(name=name, norm="group")]
-    message = f"needs images of at least {smallest_image(model)} pixels, these have {size}"
-    return Problem(f"{where}.name", repr(model.name), message, f"Choose one of: {', '.join(['convnet', *others])}.")
 
 
 def _check_judging(spec: JobSpec, facts: DatasetFacts) -> list[Problem]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ncfm_core.batches import Batches
+from ncfm_core.batches import Batch, Batches
 from ncfm_core.datasets import Dataset, Images
-from ncfm_core.errors import CheckpointError
+from ncfm_core.devices import in_halves, told, tried_again
+from ncfm_core.errors import CheckpointError, OutOfMemoryError
 from ncfm_core.execution import BACKWARD_FORWARDS, compiled_form, compiling_pays, fallen_back, probe
 from ncfm_core.models.probing import largest_map, separable
 from ncfm_core.progress import Progress, never
@@ -23,7 +24,15 @@ MOMENTUM = 0.9
 CPU_FORWARD_BATCH = 100
 """Images in a forward without gradients on a CPU: three times as fast as 1000, whose feature maps leave the cache."""
 CUDA_FORWARD_BATCH = 1000
-"""The same on a GPU."""
+"""The same on a GPU, at most."""
+CUDA_FORWARD_BYTES = 512 << 20
+"""Largest activation of such a forward on a GPU, where about three of them are held at once; 1000 images of 32x32 have it at
+width 128."""
+
+
+def _too_much() -> OutOfMemoryError:
+    message = "the images and the network do not fit the memory of the device"
+    return OutOfMemoryError.of("model.width", None, message, "Lower it, or the image size.")
 
 
 class Training:
@@ -34,6 +43,7 @@ class Training:
     that keeps it.
     """
 
+    @told(_too_much)
     def __init__(
         self,
         model: nn.Module,
@@ -48,6 +58,7 @@ class Training:
         compiled: bool | None = None,
         seconds: float | None = None,
         may_fall_back: bool | None = None,
+        field: str = "training",
     ) -> None:
         """
         Args:
@@ -62,11 +73,13 @@ class Training:
             compiled: whether the network goes through `torch.compile`, if it is one that may; None where it pays.
             seconds: that are left for it, for that choice; None for as many as it takes.
             may_fall_back: whether it is eager after all where the compiler fails at the first step; None if `compiled` is.
+            field: where the recipe stands in a submission, for errors.
 
         Raises:
             SpecError: the loss needs targets and there are none.
+            OutOfMemoryError: the images do not fit the memory.
         """
-        self.model, self.spec, self.seed, self.stream = model, spec, seed, stream
+        self.model, self.spec, self.seed, self.stream, self._field = model, spec, seed, stream, field
         self._batches = Batches(images, labels, dataset, spec=spec, targets=targets)
         self.batch_size, self.steps_per_epoch = self._batches.batch_size, self._batches.steps_per_epoch
         self.total = self._batches.total
@@ -77,12 +90,18 @@ class Training:
         self.compile_error = ""
         """Why the network is eager although it was to be compiled, in one line; empty where that is not so."""
         self._forward: Callable[[Tensor], Tensor] | None = None
-        self.step = 0
+        self.step = self.halvings = 0
         self.optimizer = make_optimizer(model.parameters(), spec)
         self._order = torch.empty(0, dtype=torch.int64)
 
     def run(self, until: int | None = None, *, pause: Callable[[], bool] = never) -> Iterator[Progress]:
-        """Train from `step` to `until` (all of it by default), or to the first step after which `pause` says so."""
+        """Train from `step` to `until` (all of it by default), or to the first step after which `pause` says so.
+
+        A step that runs out of memory is tried once more with pieces of a batch that are half as large; `halvings` counts that.
+
+        Raises:
+            OutOfMemoryError: a step does not fit the memory, even so.
+        """
         until = self.total if until is None else min(until, self.total)
         recent = torch.zeros((), device=self._batches.device)
         counted = 0
@@ -110,8 +129,19 @@ class Training:
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if place == 0 or not len(self._order):
             self._order = self._batches.orders(epoch, seed=self.seed, streams=(self.stream,))[0]
-        batch = self._batches.batch(self._batches.draw(self._order, self.step, seed=self.seed, stream=self.stream))
+        draw = self._batches.draw(self._order, self.step, seed=self.seed, stream=self.stream)
+        with told(self._full):
+            batch = self._batches.batch(draw)
         set_rate(self.optimizer, self.spec, epoch, is_first=place == 0)
+        device = self._batches.device
+        total = tried_again(lambda: self._gradient(batch), halve=self._halve, full=self._full, device=device)
+        with told(self._full):
+            self.optimizer.step()
+        self.step += 1
+        return total
+
+    def _gradient(self, batch: Batch) -> Tensor:
+        """The parameters' gradient, piece by piece of a batch; its loss, detached, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self._batches.device)
         # Made here, as a training that is only asked for its weights needs no compiler.
@@ -122,19 +152,37 @@ class Training:
             loss = self._batches.loss(forward(piece.images), piece) * (len(piece.images) / len(batch.images))
             torch.autograd.backward(loss)
             total += loss.detach()
-        self.optimizer.step()
-        self.step += 1
         return total
+
+    def _halve(self) -> bool:
+        """Smaller pieces from now on; False where a batch cannot be cut, or not any more."""
+        if self._chunk == 1 or not separable(self.model):
+            return False
+        self._chunk, self.halvings = self._chunk // 2, self.halvings + 1
+        return True
+
+    def _full(self) -> OutOfMemoryError:
+        if separable(self.model):
+            pieces, norm = f", even in pieces of {min(self._chunk, self.batch_size)}", ""
+        else:
+            pieces, norm = ", and with batch norm it cannot be cut", ", or take another model.norm"
+        return OutOfMemoryError.of(
+            f"{self._field}.batch_size",
+            self.spec.batch_size,
+            f"a step on {self.batch_size} images does not fit the memory of {self._batches.device}{pieces}",
+            f"Lower it or model.width{norm}.",
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, as flat tensors on the CPU."""
         state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         state |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state(self.optimizer).items()}
         state |= {"step": torch.tensor(self.step), "compiled": torch.tensor(int(self.compiled))}
+        state["halvings"] = torch.tensor(self.halvings)
         return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state, compiled or not as it was; one that does not say was not.
+        """Go on from a state, compiled or not as it was, with pieces as small; one that does not say was not, and had whole ones.
 
         Raises:
             CheckpointError: it is of another training.
@@ -144,10 +192,12 @@ class Training:
             load_optimizer_state(self.optimizer, part(state, "optimizer."))
             self.step, self.compiled = int(state["step"]), bool(state.get("compiled", False))
             self._may_fall_back = False
+            self.halvings = int(state.get("halvings", 0))
         except (KeyError, RuntimeError, IndexError) as error:
             raise CheckpointError.of(
                 "checkpoint", None, f"does not fit this training: {error}", "Start afresh."
             ) from None
+        self._chunk = max(1, images_at_a_time(self.model, self._batches) >> self.halvings)
         self._order, self._forward = torch.empty(0, dtype=torch.int64), None
 
 
@@ -228,22 +278,54 @@ def make_optimizer(parameters: Iterable[Tensor], spec: TrainingSpec) -> torch.op
     return torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
 
 
-def forward_batch(device: torch.device) -> int:
-    """Images to put through a network at a time where nothing is kept for gradients."""
-    return CPU_FORWARD_BATCH if device.type == "cpu" else CUDA_FORWARD_BATCH
+def forward_batch(network: nn.Module, image: Tensor, most: int | None = None) -> int:
+    """Images to put through a network at a time where no gradients are asked for; on a GPU as many as the largest map allows.
+
+    Args:
+        network: in evaluation mode.
+        image: one of them, shape (1, channels, H, W), on the compute device.
+        most: upper bound; None for that of the device.
+    """
+    if image.device.type == "cpu":
+        return most or CPU_FORWARD_BATCH
+    return max(1, min(most or CUDA_FORWARD_BATCH, CUDA_FORWARD_BYTES // largest_map(network, image)))
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, dataset: Dataset) -> float:
-    """Accuracy on the test images, in percent, in evaluation mode; the model's own mode comes back afterwards."""
-    right = torch.zeros((), dtype=torch.int64, device=dataset.device)
-    training, size = model.training, forward_batch(dataset.device)
+    """Accuracy on the test images, in percent, in evaluation mode; the model's own mode comes back afterwards.
+
+    Raises:
+        OutOfMemoryError: so few images as a batch has do not fit the memory, nor do half as many.
+    """
+    training = model.training
     model.eval()
+    try:
+        with told(lambda: _test_full(1, dataset.device)):
+            size = forward_batch(model, dataset.normalise(dataset.test[:1]))
+        right = in_halves(
+            lambda size: _right(model, dataset, size),
+            size,
+            full=lambda size: _test_full(size, dataset.device),
+            device=dataset.device,
+        )
+    finally:
+        model.train(training)
+    return 100 * right / len(dataset.test_labels)
+
+
+def _right(model: nn.Module, dataset: Dataset, size: int) -> int:
+    """Test images that a network tells, so many at a time."""
+    right = torch.zeros((), dtype=torch.int64, device=dataset.device)
     for start in range(0, len(dataset.test_labels), size):
         logits = model(dataset.normalise(dataset.test[start : start + size]))
         right += (logits.argmax(1) == dataset.test_labels[start : start + size]).sum()
-    model.train(training)
-    return 100 * right.item() / len(dataset.test_labels)
+    return int(right.item())
+
+
+def _test_full(size: int, device: torch.device) -> OutOfMemoryError:
+    message = f"{size} test images at once do not fit the memory of {device}"
+    return OutOfMemoryError.of("model.width", None, message, "Lower it, or the image size.")
 
 
 def part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -88,6 +88,10 @@ def commit(building: Building, students: Generator[Progress, None, Evaluation], 
     found = yield from follow(students, building.history)
     failed = f": compiling failed ({found.compile_error})" if found.compile_error else ""
     yield Notice(f"the students were trained {'compiled' if found.compiled else 'eager'}{failed}")
+    if found.halvings:
+        yield Notice(
+            f"memory ran out {found.halvings} times: students went on in smaller pieces; the last bits are their own"
+        )
     return (yield from building.commit({}, {"accuracy": accuracy_of(found).model_dump(mode="json"), **figures}))
 
 

@@ -83,6 +83,10 @@ def teacher(
         if request.checkpoint and task.step:
             yield from checkpoints.keep(task.step, task.state(), building.history)
         raise stopped()
+    if task.halvings:
+        yield Notice(
+            f"memory ran out {task.halvings} times: teacher {index} went on in smaller pieces; the last bits are its own"
+        )
     figures: dict[str, JsonValue] = {"accuracy": task.accuracy(), "steps": task.total}
     result = yield from building.commit({WEIGHTS_FILE: safetensors.torch.save(task.result())}, figures)
     yield from _cleared(checkpoints)

@@ -180,6 +180,7 @@ def full_data(
         tests=min(FULL_DATA_TESTS, recipe.training.epochs),
         seed=seed,
         device=torch.device(site.device),
+        field="full_data.training",
     )
     return (yield from commit(building, students, {}))
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ncfm_core.errors import NcfmError, ResourcesError
+from ncfm_core.errors import NcfmError, OutOfMemoryError, ResourcesError
 from ncfm_core.spec import DatasetSpec, ResourcesSpec
 from worker.driver.probe import ClusterUnreachableError
 from worker.history import Event, Notice, Stage
@@ -164,11 +164,19 @@ def _inspect(spec: DatasetSpec, access: DataAccess, held_out: tuple[float, int] 
 def _run_stage(
     kind: Kind, site: Site, dataset: Any, arguments: dict[str, Any]
 ) -> Generator[Event | StageResult, None, None]:
+    from ncfm_core.devices import told
     from worker import stages
+
+    def full() -> OutOfMemoryError:
+        # Where no part of the stage knows better.
+        message = f"the stage {kind} does not fit the memory of {site.device}"
+        return OutOfMemoryError.of(
+            "model.width", None, message, "Lower it, ipc or the image size, or give the node more memory."
+        )
 
     yield STARTED
     storage = Storage(site.storage_url)
-    with StopWatch(storage, site.job_id, site.attempt) as watch:
+    with told(full), StopWatch(storage, site.job_id, site.attempt) as watch:
         stage: Callable[..., Stage] = getattr(stages, kind)
         asked = {"asked": watch.asked} if kind in SAVING else {}
         result = yield from in_trouble_no_longer(stage(site, storage, dataset, **arguments, **asked), watch.asked)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ncfm_core.catalog import DatasetFacts
 from ncfm_core.datasets.pixels import as_bytes, map_pixels, statistics
-from ncfm_core.errors import DatasetError, shorten
+from ncfm_core.errors import DatasetError, SpecError, shorten
 from ncfm_core.rng import generator, moved
 
 CHUNK = 4096
@@ -62,7 +62,7 @@ class Images:
 class Dataset:
     """Labelled images of one size.
 
-    `train_images`, `test_images`: uint8 of shape (N, channels, H, W). Labels: int64 of shape (N,), in [0, classes).
+    `train_images`, `test_images`: uint8 of shape (N, channels, H, W), H = W. Labels: int64 of shape (N,), in [0, classes).
     `mean`, `std`: float32 of shape (channels,), of pixels in [0, 1].
 
     Images of a set that is too large for the memory stay in a file (`train_file`, `test_file`), which `train_images` and
@@ -98,8 +98,19 @@ class Dataset:
                 found = f"{images.pixels.dtype} of shape {tuple(images.pixels.shape)}"
                 hint = "Dataset.from_tensors takes floats in [0, 1] as well."
                 raise _wrong(self.name, f"{part} images must be uint8 of shape (N, channels, H, W), not {found}", hint)
+            _, _, height, width = images.pixels.shape
+            if height != width:
+                hint = "Scale and cut them to one size."
+                raise _wrong(self.name, f"{part} images of {height}x{width} pixels are not square", hint)
+            _check_labels(labels, part, self.name)
+            if labels.dtype != torch.int64:
+                raise _wrong(self.name, f"{part} labels must be int64, not {labels.dtype}", "Convert them.")
             if len(images) != len(labels):
                 raise _wrong(self.name, f"{len(images)} {part} images have {len(labels)} labels", "Give one for each.")
+        shapes = [tuple(images.pixels.shape[1:]) for images in (self.train, self.test)]
+        if shapes[0] != shapes[1]:
+            message = f"training images have the shape {shapes[0]}, test images {shapes[1]}"
+            raise _wrong(self.name, message, "Bring them to one size and one number of channels.")
 
     @classmethod
     def from_tensors(
@@ -114,12 +125,15 @@ class Dataset:
             class_names: in the order of the labels.
 
         Raises:
-            DatasetError: pixels are not finite or not in [0, 1], or labels do not fit the classes.
+            DatasetError: pixels are not finite or not in [0, 1], images are not square or not all of one shape, or labels are not
+                whole numbers, or do not fit the images or the classes.
         """
+        for part, (_, labels) in (("training", train), ("test", test)):
+            _check_labels(labels, part, name)
         (train_images, train_labels), (test_images, test_labels) = (
             (as_bytes(images, name), labels.to(torch.int64)) for images, labels in (train, test)
         )
-        mean, std = statistics(train_images)
+        mean, std = statistics(train_images) if train_images.ndim == 4 else (torch.zeros(1), torch.ones(1))
         dataset = cls(
             name=name,
             train_images=train_images,
@@ -152,6 +166,18 @@ class Dataset:
         if 0 in self.class_counts:
             empty = self.class_names[self.class_counts.index(0)]
             raise _wrong(self.name, f"class {shorten(empty)} has no training images", "Add some, or leave it out.")
+
+    def check_ipc(self, ipc: int) -> None:
+        """See that every class has so many training images.
+
+        Raises:
+            SpecError: one has fewer, or they are none at all.
+        """
+        if not 1 <= ipc <= (smallest := min(self.class_counts)):
+            message = (
+                "no images per class" if ipc < 1 else "more images per class than the smallest class has to choose from"
+            )
+            raise SpecError.of("ipc", ipc, message, f"Choose 1 to {smallest}.")
 
     @property
     def num_classes(self) -> int:
@@ -314,6 +340,21 @@ def identity(name: str, class_names: Sequence[str]) -> str:
     Their class names are published, and their statistics are taken from the pixels, by a rule that has the version 1.
     """
     return json.dumps([name, "statistics 1", list(class_names)])
+
+
+def _check_labels(labels: Tensor, part: str, name: str) -> None:
+    """See that they are whole numbers in a row.
+
+    Raises:
+        DatasetError: it is not so.
+    """
+    if labels.ndim != 1:
+        hint = "Give one number for each image: labels.flatten(), or labels.argmax(1) of one-hot ones."
+        raise _wrong(name, f"{part} labels must be of shape (N,), not {tuple(labels.shape)}", hint)
+    if labels.is_floating_point() or labels.is_complex():
+        raise _wrong(
+            name, f"{part} labels are {labels.dtype}, not whole numbers", "Convert them, as labels.to(torch.int64)."
+        )
 
 
 def _wrong(name: str, message: str, hint: str) -> DatasetError:

@@ -59,7 +59,7 @@ def decode(data: bytes, name: str, image_size: int) -> np.ndarray:
             image.load()
             square = _rgb(ImageOps.exif_transpose(image))
     except (*_DAMAGED, Image.DecompressionBombError, zlib.error) as error:
-        reason = str(error) or type(error).__name__
+        reason = _reason(error, data)
         hint = "Mend or remove that file."
         raise DatasetError.of("dataset", name, f"the image cannot be read: {reason}", hint) from None
     width, height = square.size
@@ -69,6 +69,18 @@ def decode(data: bytes, name: str, image_size: int) -> np.ndarray:
         box = (left, top, left + side, top + side)
         square = square.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(square).transpose(2, 0, 1)
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    """What is wrong with a file, in words for the person who has it."""
+    from PIL import UnidentifiedImageError
+
+    if not data:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        # Pillow's own message names the buffer that it was given.
+        return f"its {len(data)} bytes are not a PNG, JPEG, WebP, BMP or GIF, or the beginning of it is damaged"
+    return str(error) or type(error).__name__
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +16,13 @@ from ncfm_core.datasets.downsampled import read_downsampled
 from ncfm_core.datasets.imagefolder import list_imagefolder
 from ncfm_core.datasets.listing import Listing, read_listing
 from ncfm_core.datasets.pixels import statistics
+from ncfm_core.datasets.torchvision_files import TORCHVISION, Part, read_torchvision
 from ncfm_core.datasets.trees import list_imagenet, list_tiny_imagenet, missing
-from ncfm_core.errors import DatasetError, Problem, SpecError
+from ncfm_core.errors import SpecError
 from ncfm_core.spec import DatasetSpec
 
 DEFAULT_MEMORY_BYTES = 2 << 30
 """Larger sets stay in a file."""
-_TORCHVISION = {
-    "mnist": "MNIST",
-    "fashion-mnist": "FashionMNIST",
-    "svhn": "SVHN",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-}
-"""Names of torchvision's classes."""
 
 
 def load_dataset(
@@ -58,8 +50,8 @@ def load_dataset(
     facts, space = spec.facts, Space(memory_bytes, cache_dir)
     if facts.name == "digits":
         return _published(facts, _digits(), facts.class_names)
-    if facts.name in _TORCHVISION:
-        parts, names = _from_torchvision(facts, data_dir, allow_download)
+    if facts.name in TORCHVISION:
+        parts, names = read_torchvision(facts, data_dir, allow_download)
         return _published(facts, parts, names)
     if facts.name == "imagenet" and (downsampled := read_downsampled(facts, data_dir, space)) is not None:
         converted, names = downsampled
@@ -85,9 +77,6 @@ def _some(listing: Listing | None, facts: DatasetFacts, data_dir: Path) -> Listi
     if listing is None:
         raise missing(facts, data_dir)
     return listing
-
-
-Part = tuple[np.ndarray, np.ndarray]
 
 
 def _published(facts: DatasetFacts, parts: Iterator[Part], names: tuple[str, ...]) -> Dataset:
@@ -137,52 +126,3 @@ def _digits() -> Iterator[Part]:
     order = sorted(range(len(labels)), key=lambda index: hashlib.sha256(f"{facts.split}/{index}".encode()).digest())
     for chosen in (order[: facts.num_train], order[facts.num_train :]):
         yield images[chosen], labels[chosen]
-
-
-def _from_torchvision(
-    facts: DatasetFacts, data_dir: Path, allow_download: bool
-) -> tuple[Iterator[Part], tuple[str, ...]]:
-    absent = [
-        file
-        for file in facts.files
-        if not ((path := data_dir / file).exists() or path.with_name(path.name + ".gz").exists())
-    ]
-    if absent and not allow_download:
-        raise DatasetError(
-            Problem(
-                "dataset.name",
-                repr(facts.name),
-                f"no data below {data_dir}: looked for {', '.join(absent[:3])}{' and more' if len(absent) > 3 else ''}",
-                "Put the files there in torchvision's layout, name another folder with NCFM_DATA_DIR, "
-                "or allow the download with NCFM_ALLOW_DOWNLOAD=true.",
-            )
-        )
-    train = _read_torchvision(facts, data_dir, train=True, download=bool(absent))
-    test = _read_torchvision(facts, data_dir, train=False, download=bool(absent))
-    names = facts.class_names or tuple(str(name) for name in train.classes)
-    return iter([_arrays(train), _arrays(test)]), names
-
-
-def _read_torchvision(facts: DatasetFacts, data_dir: Path, *, train: bool, download: bool) -> Any:
-    # Imported here: it takes a second, and `digits` does without it.
-    from torchvision import datasets
-
-    part: dict[str, Any] = {"split": "train" if train else "test"} if facts.name == "svhn" else {"train": train}
-    # torchvision compares CIFAR's and SVHN's files with their known sums before it reads them; it asserts MNIST's format.
-    try:
-        return getattr(datasets, _TORCHVISION[facts.name])(str(data_dir), download=download, **part)
-    except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise DatasetError.of(
-            "dataset.name", facts.name, f"the files below {data_dir} cannot be read: {reason}", "Fetch them again."
-        ) from error
-
-
-def _arrays(read: Any) -> Part:
-    images = np.asarray(read.data)
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.shape[1] != 3:
-        images = images.transpose(0, 3, 1, 2)
-    labels = read.labels if hasattr(read, "labels") else read.targets
-    return np.ascontiguousarray(images), np.asarray(labels, dtype=np.int64)

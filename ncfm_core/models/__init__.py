@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ncfm_core.errors import SpecError
+from ncfm_core.geometry import size_problem
 from ncfm_core.models.alexnet import AlexNet
 from ncfm_core.models.convnet import ConvNet
 from ncfm_core.models.network import Network, initialise
@@ -29,12 +31,19 @@ def build_model(
     """A freshly initialised network, on the CPU, in training mode.
 
     Args:
-        spec: which network; `submission.resolve` has checked that images of this size are large enough for it.
+        spec: which network.
         image_shape: (channels, H, W) of the images, H = W.
         num_classes: logits.
         draw: all initial weights come from it, see `initialise`.
+
+    Raises:
+        SpecError: images are too small for the network, or not square.
     """
-    channels, image_size, _ = image_shape
+    channels, image_size, width = image_shape
+    if width != image_size:
+        raise SpecError.of("image_shape", image_shape, "images are not square", "Scale and cut them to one size.")
+    if (too_small := size_problem("model", spec, image_size)) is not None:
+        raise SpecError(too_small)
     with torch.device("meta"):
         model = MODELS[spec.name](spec, channels=channels, image_size=image_size, num_classes=num_classes)
     model.to_empty(device="cpu")

@@ -159,6 +159,7 @@ def distillation(pool: TeacherPool, dataset: Dataset, spec: JobSpec, monkeypatch
         stacks = {parameter: stand_in(stack) for parameter, stack in getattr(pool, name).items()}
         monkeypatch.setattr(pool, name, stacks)
     execution = Execution(chunk=64, block=5, recompute=False, compiled=False)
+    monkeypatch.setattr(distill, "require_device", lambda device: device)
     monkeypatch.setattr(distill, "choose", lambda *_, **__: execution)
     # One on a GPU needs a driver.
     monkeypatch.setattr(distill, "generator", lambda seed, stream, step=0, device=None: generator(seed, stream, step))
