@@ -165,5 +165,5 @@ def test_demo_refuses_at_once_when_the_job_is_not_legal(
     assert ncfm(monkeypatch, "demo", "--set", "method.stesp=1", "--dest", str(tmp_path / "set")) == cli.EXIT_BAD_INPUT
 
     said = capfd.readouterr().err
-    assert "method.stesp: unknown key. Did you mean 'steps'?" in said and len(said.splitlines()) == 1
+    assert "method.stesp: unknown key (got 1). Did you mean 'steps'?" in said and len(said.splitlines()) == 1
     assert not (tmp_path / "set").exists()
