@@ -1,7 +1,8 @@
 """The ladder of a cancellation: ask the driver, have Ray stop it, see that nothing of it is left. Only then is a job cancelled.
 
 Pure. A driver that has never reported itself, or whose cluster has forgotten it, has nothing to save or cannot be stopped by Ray:
-the ladder begins or ends at another rung, but each end says what was checked.
+the ladder begins or ends at another rung, but each end says what was checked. One that nobody knows may be about to start,
+when the answer to its submission was lost: it finds the request to stop, and Ray is given the time that a submission may take.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ def cancelling(attempt: Attempt, snapshot: Snapshot, policy: Policy) -> Action |
             detail: dict[str, JsonValue] = {"cleanup": "unverified", "pending": FORGOTTEN}
             return _end(attempt, message, detail | {"checked": _checked(attempt)})
         return _end(attempt, DONE, {"cleanup": "verified", "checked": _checked(attempt)})
-    if job.cancel is not None and attempt.ray is None and _may_ask(attempt, policy):
-        # Ray has forgotten a driver that still gives signs of life: it can still be told.
-        return RequestStop(job, job.cancel)
-    if _is_over(job, snapshot.now, policy):
+    is_over = _is_over(job, snapshot.now, policy)
+    # A storage root that takes no request is tried for a while, also where all the time was over before anybody looked.
+    if attempt.ray is None and _may_ask(attempt, policy) and not (is_over and attempt.unknown_s >= policy.submitted_s):
+        # Ray has forgotten a driver that still gives signs of life, or may start one yet: it can still be told.
+        return RequestStop(job, job.cancel or CancelRequest(requested_at=snapshot.now))
+    if is_over:
         return _unverified(attempt, pending)
     # A moment of silence after the end of a driver is not worth a word.
-    return wait(job, Reason.REQUESTED, f"being cancelled; waits for {pending}") if attempt.remains else None
+    is_long = attempt.remains or _is_unborn(attempt)
+    return wait(job, Reason.REQUESTED, f"being cancelled; waits for {pending}") if is_long else None
 
 
 def is_gone(attempt: Attempt, policy: Policy, *, known_gone_after_s: float) -> bool:
@@ -71,7 +75,13 @@ def force_at(request: CancelRequest) -> datetime:
 
 
 def _may_ask(attempt: Attempt, policy: Policy) -> bool:
-    return attempt.status is not None and attempt.silent_s < policy.silence_s and not attempt.has_stop_request
+    is_alive = attempt.status is not None and attempt.silent_s < policy.silence_s
+    return (is_alive or _is_unborn(attempt)) and not attempt.has_stop_request
+
+
+def _is_unborn(attempt: Attempt) -> bool:
+    """Whether neither Ray nor the driver has said a word of it: nobody knows whether Ray was asked to start it."""
+    return attempt.ray is None and attempt.status is None and attempt.result is None
 
 
 def _is_over(job: Job, at: datetime, policy: Policy) -> bool:
@@ -84,6 +94,8 @@ def _pending(attempt: Attempt, policy: Policy) -> str:
     if attempt.remains:
         named = ", ".join(attempt.remains[:MAX_NAMED]) + (", ..." if len(attempt.remains) > MAX_NAMED else "")
         return f"what its driver left running: {named}"
+    if _is_unborn(attempt) and not (attempt.has_stop_request and attempt.unknown_s >= policy.submitted_s):
+        return "Ray, which may be about to start its driver"
     stopped = attempt.result is not None and attempt.result.outcome == "stopped"
     if not is_gone(attempt, policy, known_gone_after_s=0.0 if stopped else policy.heartbeat_s):
         return "its driver to be silent"
@@ -98,6 +110,8 @@ def _checked(attempt: Attempt) -> list[JsonValue]:
     if attempt.ray is None:
         silence = "no driver has ever reported" if attempt.status is None else f"silent for {attempt.silent_s:.0f} s"
         known: list[JsonValue] = ["Ray knows no such driver", silence]
+        if _is_unborn(attempt):
+            known.append("one that starts yet finds the request to stop, and ends at once")
         return [*known, "no worker or actor of an earlier attempt lives by Ray's account"] if job.attempt > 1 else known
     checked: list[JsonValue] = [f"Ray says {attempt.ray.status}", "no worker or actor of it lives by Ray's account"]
     if attempt.result is not None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import JsonValue
 
-from service.cluster import Capacity, RayJob
+from service.cluster import SUBMIT_TIMEOUT_S, Capacity, RayJob
 from service.jobs import CancelRequest, Job, Reason, State
 from worker.records import AttemptResult, AttemptStatus
 
@@ -26,6 +26,8 @@ class Policy:
     """A driver that lives gives a sign at least this often (it means to every 2 s)."""
     silence_s: float = 10.0
     """Without a sign for this long, a driver that Ray does not know is taken for gone."""
+    submitted_s: float = SUBMIT_TIMEOUT_S + 10.0
+    """A submission whose answer was lost is known to Ray within this time, or has not reached it."""
     first_backoff_s: float = 1.0
     max_backoff_s: float = 60.0
 
@@ -71,6 +73,8 @@ class Attempt:
     """Why storage could not be read."""
     has_stop_request: bool = False
     """Whether the driver has been asked to end of itself."""
+    unknown_s: float = 0.0
+    """Since Ray was first found not to know a driver that is being cancelled, by our own clock."""
     remains: tuple[str, ...] | None = None
     """Processes of it that still live by Ray's account; None where that was not asked."""
     gpus: float | None = None

@@ -47,6 +47,7 @@ class Look:
         self._policy, self._clock = policy, clock
         self._heartbeats: dict[str, tuple[datetime, float]] = {}
         self._publishing_since: dict[str, float] = {}
+        self._unknown_since: dict[str, float] = {}
         self.storage_error = self.ray_error = ""
         """Why either could not be asked in the last round; empty where it could."""
         self.capacity: Capacity | None = None
@@ -61,6 +62,7 @@ class Look:
         """Start anew, after a time in which nobody looked."""
         self._heartbeats.clear()
         self._publishing_since.clear()
+        self._unknown_since.clear()
         self._last_gpus = self._without_gpus_since = None
 
     def snapshot(self, mlflow_error: str) -> Snapshot:
@@ -84,6 +86,7 @@ class Look:
             reached("after_remains_asked")
         followed = {submission_id(job) for job in active}
         self._heartbeats = {key: seen for key, seen in self._heartbeats.items() if key in followed}
+        self._note_unknown(active, rays)
         return Snapshot(
             now=now(),
             capacity=self.capacity,
@@ -148,9 +151,20 @@ class Look:
             result=result,
             silent_s=self._silence(name, status),
             has_stop_request=is_asked,
+            unknown_s=self._clock() - self._unknown_since.get(name, self._clock()),
             remains=remains.get(name),
             gpus=gpus,
         )
+
+    def _note_unknown(self, active: list[Job], rays: dict[str, RayJob | None]) -> None:
+        """Since when Ray knows nothing of drivers that are being cancelled; counted anew after a time in which it was away.
+
+        This controller hands none of them over any more. What another one has under way is over when it is over here.
+        """
+        # Not rays: what was asked before Ray went away says nothing of now.
+        asked = [] if self.capacity is None else [submission_id(job) for job in active if job.state is State.CANCELLING]
+        since = {name: self._unknown_since.get(name, self._clock()) for name in asked if rays.get(name) is None}
+        self._unknown_since = since
 
     def _gpus_before(self, job: Job, status: AttemptStatus | None) -> float | None:
         """What the tasks of a job took in the last attempt that said so, where the next one is to start."""

@@ -196,8 +196,44 @@ def test_cancel_when_not_yet_submitted_starts_nothing(world: World) -> None:
     job = world.submit()
     world.rounds(job, n=1)
     world.cancel(job)
-    assert world.rounds(job, n=2).state is State.CANCELLED
+    waiting = world.rounds(job, n=20)
+    assert (waiting.state, waiting.reason) == (State.CANCELLING, Reason.REQUESTED)
+    assert "waits for Ray, which may be about to start its driver" in waiting.message
+    assert world.rounds(job, n=7).state is State.CANCELLED
     assert world.cluster.submissions == {}
+    assert world.storage.size(f"jobs/{job.id}/attempts/1/stop.json"), "a driver that starts yet ends at once"
+
+
+def test_cancel_when_the_answer_to_the_submission_was_lost_stops_what_ray_starts_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = world.submit()
+
+    def slow(*_: object, **__: object) -> None:
+        raise ClusterUnreachable.of("NCFM_RAY_URL", "memory", "timed out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.cluster, "submit", slow)
+        world.rounds(job, n=2)
+    starting = world.job(job)
+    world.cancel(job)
+    assert world.rounds(job, n=10).state is State.CANCELLING
+    # Ray was slow to take it, and did.
+    Launch.from_settings(world.settings).submit(starting, world.storage, world.cluster)
+    assert world.rounds(job, n=3).state is State.CANCELLED
+    assert world.cluster.stops == [f"{job.id}-1"]
+
+
+def test_cancel_when_ray_is_away_meanwhile_waits_anew_for_what_it_may_start(world: World) -> None:
+    job = world.submit()
+    world.rounds(job, n=1)
+    world.cancel(job)
+    world.rounds(job, n=20)
+    world.cluster.is_away = True
+    world.rounds(job, n=1)
+    world.cluster.is_away = False
+    assert world.rounds(job, n=25).state is State.CANCELLING
+    assert world.rounds(job, n=1).state is State.CANCELLED
 
 
 def test_cancel_when_it_ends_while_a_slow_controller_submits_leaves_no_driver(world: World) -> None:
@@ -205,7 +241,7 @@ def test_cancel_when_it_ends_while_a_slow_controller_submits_leaves_no_driver(wo
     world.rounds(job, n=1)
     starting = world.job(job)
     world.cancel(job)
-    world.rounds(job, n=2)
+    assert world.rounds(job, n=28).state is State.CANCELLED
     slow = world.restarted()
     slow._act.do(Submit(starting))
     assert world.cluster.stops == [f"{job.id}-1"]

@@ -131,7 +131,11 @@ STALE: dict[str, Any] = {"status": a_status(), "silent_s": 11.0}
         (State.RECOVERING, FRESH, "nothing"),
         (State.RECOVERING, STALE, "starting"),
         # Cancelled is who is known to be gone.
-        (State.CANCELLING, {}, "cancelled requested"),
+        (State.CANCELLING, {"has_stop_request": True, "unknown_s": 25.0}, "cancelled requested"),
+        # Ray may be about to start a driver, when the answer to its submission was lost.
+        (State.CANCELLING, {}, "requeststop"),
+        (State.CANCELLING, {"unknown_s": 25.0}, "requeststop"),
+        (State.CANCELLING, {"has_stop_request": True, "unknown_s": 24.0}, "wait requested"),
         (State.CANCELLING, {"ray": PENDING}, "stop"),
         (State.CANCELLING, {"ray": RUNNING} | FRESH, "stop"),
         (State.CANCELLING, {"ray": STOPPED} | FRESH, "nothing"),
@@ -145,7 +149,7 @@ STALE: dict[str, Any] = {"status": a_status(), "silent_s": 11.0}
         # The driver ended in good order: nothing more of it is to be expected.
         (State.CANCELLING, {"ray": ENDED, "result": stopped(), "remains": ()} | FRESH, "cancelled requested"),
         (State.CANCELLING, {"ray": ENDED, "result": stopped()} | FRESH, "nothing"),
-        (State.CANCELLING, FRESH, "nothing"),
+        (State.CANCELLING, FRESH, "requeststop"),
         (State.CANCELLING, STALE, "cancelled requested"),
         (State.CANCELLING, {"ray": ENDED, "result": a_result()} | FRESH, "succeeded"),
         (State.CANCELLING, {"ray": RUNNING, "result": a_result("internal")} | FRESH, "stop"),
@@ -304,6 +308,14 @@ def test_decide_when_ray_forgot_a_driver_that_is_cancelled_tells_it_through_stor
     assert outcome(climb(asked(40), has_stop_request=True, **STALE)) == "cancelled requested"
 
 
+def test_decide_when_no_driver_is_known_and_it_cannot_be_asked_to_end_gives_up_in_the_end() -> None:
+    assert isinstance(climb(asked(400), unknown_s=24.0), RequestStop)
+    given_up = climb(asked(400), unknown_s=25.0)
+    assert isinstance(given_up, Move)
+    assert (given_up.to, given_up.detail["cleanup"]) == (State.CANCELLED, "unverified")
+    assert "may be about to start its driver" in given_up.message
+
+
 def test_decide_when_cancelled_says_what_its_end_rests_on() -> None:
     verified = climb(asked(9), ray=STOPPED, remains=())
     assert isinstance(verified, Move)
@@ -313,10 +325,14 @@ def test_decide_when_cancelled_says_what_its_end_rests_on() -> None:
     assert isinstance(silent, Move)
     assert silent.detail["cleanup"] == "unverified"
     assert silent.detail["checked"] == ["Ray knows no such driver", "silent for 11 s"]
-    unborn = climb(asked(9))
+    unborn = climb(asked(30), has_stop_request=True, unknown_s=26.0)
     assert isinstance(unborn, Move)
     assert unborn.detail["cleanup"] == "verified"
-    assert unborn.detail["checked"] == ["Ray knows no such driver", "no driver has ever reported"]
+    assert unborn.detail["checked"] == [
+        "Ray knows no such driver",
+        "no driver has ever reported",
+        "one that starts yet finds the request to stop, and ends at once",
+    ]
 
 
 def test_decide_when_a_cancelled_job_leaves_processes_waits_for_them_but_not_for_ever() -> None:
@@ -495,5 +511,5 @@ def test_actions_when_decided_are_one_for_each_job() -> None:
         for state in (State.STARTING, State.RUNNING, State.RECOVERING, State.CANCELLING)
     )
     actions = decide(Snapshot(now=NOW, capacity=Capacity(9, 0), attempts=attempts, queued=(queued("q"),)), POLICY)
-    assert [type(action) for action in actions] == [Submit, Move, Move, Move, Wait]
+    assert [type(action) for action in actions] == [Submit, Move, Move, RequestStop, Wait]
     assert not any(isinstance(action, Stop) for action in actions)
