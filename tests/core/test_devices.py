@@ -166,9 +166,7 @@ def test_batch_norm_is_not_tried_again(digits: Dataset, spec: JobSpec) -> None:
     assert len(model.seen) == 1
 
 
-def test_moments_that_do_not_fit_name_the_knob(
-    digits: Dataset, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moments_that_do_not_fit_name_the_knob(digits: Dataset, spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     run = training(digits, spec, network(digits, spec))
 
     def step() -> None:
