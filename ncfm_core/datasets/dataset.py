@@ -173,7 +173,8 @@ class Dataset:
         Raises:
             SpecError: one has fewer, or they are none at all.
         """
-        if not 1 <= ipc <= (smallest := min(self.class_counts)):
+        smallest = min(self.class_counts)
+        if not 1 <= ipc <= smallest:
             message = (
                 "no images per class" if ipc < 1 else "more images per class than the smallest class has to choose from"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ncfm_core.errors import DatasetError
+from ncfm_core.errors import DatasetError, Problem
 
 BYTES = 8
 """Code of unsigned bytes in a header."""
@@ -57,12 +57,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             return np.frombuffer(bytearray(data), dtype=np.uint8).reshape(shape)
         promised = f"its header promises {'x'.join(map(str, shape))} = {size} bytes"
         reason = f"{promised}, and {f'{len(data)} follow' if len(data) < size else 'more follow'}"
-    raise DatasetError.of(
-        "dataset.name",
-        str(path),
-        f"cannot be read: {reason}",
-        "It is cut off, damaged or another file: fetch it again.",
-    )
+    hint = "It is cut off, damaged or another file: fetch it again."
+    # The whole path: its end is what matters.
+    raise DatasetError(Problem("dataset.name", repr(str(path)), f"cannot be read: {reason}", hint))
 
 
 def _zipped(path: Path) -> Path:

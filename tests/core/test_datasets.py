@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gzip
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from ncfm_core.datasets import Dataset, load_dataset
 from ncfm_core.errors import DatasetError, SpecError
 from ncfm_core.rng import generator
 
+RAW = "FashionMNIST/raw"
 DIGITS_DIGEST = "sha256:8f1e678c9573806b8eaab681571adba3f115a66aecff4006750786675d5c366c"
 
 
@@ -87,6 +91,69 @@ def test_torchvision_layout_is_read_as_bytes(tmp_path: Path) -> None:
     assert dataset.train_images.dtype == torch.uint8
     assert np.array_equal(dataset.test_images[:, 0].numpy(), images)
     assert dataset.class_counts == (3,) * 10
+
+
+def write_fashion(root: Path, *, zipped: bool = False) -> None:
+    """30 and 20 images of noise, three and two of each class."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 30), ("t10k", 20)):
+        write_idx(root / f"{RAW}/{part}-images-idx3-ubyte", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(root / f"{RAW}/{part}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8) % 10)
+    for path in [*(root / RAW).iterdir()] if zipped else []:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+
+
+def test_compressed_files_alone_are_read_and_nothing_is_written(tmp_path: Path) -> None:
+    write_fashion(tmp_path / "plain")
+    write_fashion(tmp_path / "zipped", zipped=True)
+    names = sorted(path.name for path in (tmp_path / "zipped" / RAW).iterdir())
+    assert len(names) == 4 and all(name.endswith("-ubyte.gz") for name in names)
+    plain, zipped = (load_dataset("fashion-mnist", data_dir=tmp_path / each) for each in ("plain", "zipped"))
+    assert zipped.digest == plain.digest
+    assert sorted(path.name for path in (tmp_path / "zipped" / RAW).iterdir()) == names
+    shutil.move(tmp_path / "zipped" / "FashionMNIST", tmp_path / "zipped" / "MNIST")
+    assert torch.equal(load_dataset("mnist", data_dir=tmp_path / "zipped").train_images, plain.train_images)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "says"),
+    [
+        ("train-images-idx3-ubyte", lambda data: data[:1000], "promises 30x28x28 = 23520 bytes, and 984 follow"),
+        ("train-images-idx3-ubyte", lambda data: data + b"x", "promises 30x28x28 = 23520 bytes, and more follow"),
+        ("t10k-labels-idx1-ubyte", lambda data: data[:7], "it ends in its header, after 7 bytes"),
+        ("t10k-labels-idx1-ubyte", lambda _: b"", "it ends in its header, after 0 bytes"),
+        ("t10k-images-idx3-ubyte", lambda _: b"not an idx file at all", "does not begin like an IDX file"),
+        ("train-labels-idx1-ubyte", lambda data: data[:4] + b"\xff" * 4, "promises 4294967295"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_damaged_file_is_named_with_what_is_wrong(
+    file: str, change: Callable[[bytes], bytes], says: str, zipped: bool, tmp_path: Path
+) -> None:
+    write_fashion(tmp_path)
+    path = tmp_path / RAW / file
+    bad = change(path.read_bytes())
+    path.write_bytes(bad)
+    if zipped:
+        path.unlink()
+        path = path.with_name(f"{file}.gz")
+        path.write_bytes(gzip.compress(bad))
+    with pytest.raises(DatasetError, match=says) as caught:
+        load_dataset("fashion-mnist", data_dir=tmp_path)
+    assert caught.value.problems[0].value == repr(str(path))
+    assert "fetch it again" in caught.value.problems[0].hint
+
+
+def test_damaged_compression_is_told(tmp_path: Path) -> None:
+    write_fashion(tmp_path, zipped=True)
+    path = tmp_path / RAW / "train-images-idx3-ubyte.gz"
+    data = path.read_bytes()
+    for bad in (data[:500], b"", b"no gzip at all", data[:200] + b"\0" * 100 + data[300:]):
+        path.write_bytes(bad)
+        with pytest.raises(DatasetError, match="cannot be read") as caught:
+            load_dataset("fashion-mnist", data_dir=tmp_path)
+        assert caught.value.problems[0].value == repr(str(path))
 
 
 def test_damaged_files_are_told(tmp_path: Path) -> None:

@@ -68,8 +68,11 @@ def test_svhn_is_read_from_its_matrices(tmp_path: Path, monkeypatch: pytest.Monk
         labels = (np.arange(count, dtype=np.uint8) % 10 + 1)[:, None]  # ten stands for zero
         scipy.io.savemat(file, {"X": pixels(32, 32, 3, count), "y": labels})
         sums[part] = ["", file.name, md5(file)]
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match="cannot be read") as caught:
         load_dataset("svhn", data_dir=tmp_path)
+    assert [Path(problem.value.strip("'")).name for problem in caught.value.problems] == list(
+        f"{part}_32x32.mat" for part in ("train", "test")
+    )
     monkeypatch.setattr(SVHN, "split_list", sums)
     svhn = load_dataset("svhn", data_dir=tmp_path)
     assert svhn.train_images.shape == (30, 3, 32, 32)
@@ -90,8 +93,11 @@ def test_cifar100_takes_the_names_of_its_classes_from_its_files(
         (folder / part).write_bytes(pickle.dumps({"data": pixels(count, 3072), "fine_labels": labels}))
     names = [f"class {index}" for index in range(100)]
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match=r"cannot be read: its .* bytes have the md5 sum") as caught:
         load_dataset("cifar100", data_dir=tmp_path)
+    assert [problem.value for problem in caught.value.problems] == [
+        repr(str(folder / part)) for part in ("train", "test", "meta")
+    ]
     monkeypatch.setattr(CIFAR100, "train_list", [["train", md5(folder / "train")]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", md5(folder / "test")]])
     monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5(folder / "meta")})
@@ -99,6 +105,11 @@ def test_cifar100_takes_the_names_of_its_classes_from_its_files(
     assert cifar.class_names == tuple(names)
     assert cifar.class_counts == (2,) * 100
     assert np.array_equal(cifar.train_images.flatten(1), pixels(200, 3072))
+    whole = (folder / "test").read_bytes()
+    (folder / "test").write_bytes(whole[:1000])
+    with pytest.raises(DatasetError, match=r"its 1000 bytes have .*cut off, damaged or another file") as caught:
+        load_dataset("cifar100", data_dir=tmp_path)
+    assert [problem.value for problem in caught.value.problems] == [repr(str(folder / "test"))]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
