@@ -12,6 +12,9 @@ from ncfm_core.errors import NcfmError, Problem, shorten
 from worker.redaction import redact
 from worker.settings import Surroundings, listed
 
+STORAGE_PATIENCE_S = 5.0
+"""How long the service waits for a storage root that does not answer: jobs and streams that need none of it must go on."""
+
 Days = Annotated[float, Field(ge=0, le=100_000)]
 
 

@@ -140,3 +140,20 @@ def prepare_own_ray() -> None:
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for one machine: its servers listen on 127.0.0.1 alone
+
+
+def http_options() -> dict[str, str | bool]:
+    """What this process's environment says of connections to buckets, for a client that is given options of its own.
+
+    Giving obstore any option has it forget those that it would find in the environment.
+    """
+    found: dict[str, str | bool] = {}
+    for prefix in ("AWS", "GOOGLE", "AZURE"):
+        for option in ("allow_http", "allow_invalid_certificates"):
+            value = os.environ.get(f"{prefix}_{option.upper()}", "").strip().lower()
+            if value:
+                found[option] = value in ("1", "true", "on", "yes", "y")
+        for option in ("proxy_url", "proxy_ca_certificate", "proxy_excludes"):
+            if text := os.environ.get(f"{prefix}_{option.upper()}"):
+                found[option] = text
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from ncfm_core.errors import DamagedError, Problem, StorageError, StorageFullError
 from worker.records import FileRecord, Record, StageResult, damaged_path, result_path
+from worker.settings import http_options
 
 R = TypeVar("R", bound=Record)
 
@@ -36,10 +37,21 @@ class Storage:
             where a method says so.
     """
 
-    def __init__(self, url: str, *, is_look: bool = False) -> None:
-        """Open the root, creating a local folder where it is missing, unless it is only to be looked at."""
+    def __init__(self, url: str, *, is_look: bool = False, patience: float | None = None) -> None:
+        """Open the root, creating a local folder where it is missing.
+
+        Args:
+            url: of the root, or a folder.
+            is_look: whether it is only to be looked at.
+            patience: seconds without a byte after which a request has failed, and after which none is tried again: one
+                takes twice that at most. None for obstore's own, three minutes in all; files (`put_file`) always have that.
+        """
         self.url = url
-        self._store = _open(url, is_look=is_look)
+        self._store = _open(url, is_look=is_look, patience=patience)
+        # A part of a large file may take its time on a slow line.
+        self._patient = (
+            self._store if patience is None or not _is_remote(url) else _open(url, is_look=is_look, patience=None)
+        )
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object, replacing what is there; readers see the old or the new one, never a part."""
@@ -61,7 +73,7 @@ class Storage:
     def put_file(self, path: str, file: IO[bytes]) -> None:
         """Write an object from an open file, part by part; readers see all of it or nothing."""
         try:
-            obstore.put(self._store, path, file)
+            obstore.put(self._patient, path, file)
         except (BaseError, OSError) as error:
             raise self._failed(path, "cannot be written", error) from error
 
@@ -232,7 +244,11 @@ def _encode(record: Record) -> bytes:
     return record.model_dump_json(indent=1).encode() + b"\n"
 
 
-def _open(url: str, *, is_look: bool) -> ObjectStore:
+def _is_remote(url: str) -> bool:
+    return "://" in url and not url.startswith(("memory:", "file:"))
+
+
+def _open(url: str, *, is_look: bool, patience: float | None) -> ObjectStore:
     if url.startswith("memory://"):
         return MemoryStore()
     try:
@@ -244,7 +260,11 @@ def _open(url: str, *, is_look: bool) -> ObjectStore:
                 hint = "Name the one you mean with NCFM_HOME or NCFM_STORAGE; the start of the service makes a new one."
                 raise StorageError.of("NCFM_STORAGE", str(folder), "there is no storage root here", hint)
             return LocalStore(folder)
-        return from_url(url)
+        if patience is None or not _is_remote(url):
+            return from_url(url)
+        limit = timedelta(seconds=patience)
+        options = {**http_options(), "connect_timeout": limit, "read_timeout": limit}
+        return from_url(url, client_options=options, retry_config={"retry_timeout": limit})  # type: ignore[call-overload,no-any-return]
     except (BaseError, OSError, ValueError) as error:
         hint = "Name a folder or s3://bucket/prefix."
         raise StorageError.of("storage", url, f"cannot be opened: {error}", hint) from error

@@ -40,7 +40,7 @@ from service.api.streams import Streams
 from service.api.watch import Watch
 from service.auditing import Recorder
 from service.keys import KeyRing, Keys
-from service.settings import Settings
+from service.settings import STORAGE_PATIENCE_S, Settings
 from service.store import Store
 from service.uploads import Uploads
 from worker.storage import Storage
@@ -53,7 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
         StoreError: the database cannot be opened.
         StorageError: the storage root cannot be opened.
     """
-    store, storage = Store(settings.database), Storage(settings.storage_url)
+    store, storage = Store(settings.database), Storage(settings.storage_url, patience=STORAGE_PATIENCE_S)
 
     recorder, figures, draining = Recorder(store), Figures(store), Draining()
 

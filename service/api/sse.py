@@ -116,9 +116,10 @@ async def _attempt_log(
     """Messages of one attempt's log until it is over, each with the place behind it."""
     at = begin
     while not streams.is_closing:
-        changed, pulse = feed.changed, feed.pulse
+        # The pulse of the last look at the log: the whole log of a job that had ended then is there.
+        changed, pulse = feed.changed, log.pulse
         is_ended = pulse is not None and is_over(pulse.state, pulse.attempt, at.attempt, pinned=pinned)
-        is_final = log.size is not None and (feed.is_gone or is_ended)
+        is_final = log.size is not None and (log.is_gone or is_ended)
         try:
             while log.size is not None and (data := await streams.log(log, at.offset)):
                 # Whole lines, while more may come.

@@ -1,7 +1,8 @@
 """Following jobs: one poller in the process for everybody who follows something, however many they are.
 
 The poller asks the database once a tick for the pulses of all jobs that are followed, reads the events of those that moved, and
-wakes whoever waits. No stream holds a thread or a connection. A server that shall end calls `close_all`, from any thread.
+wakes whoever waits. Logs have a poller and threads of their own: a storage root that hangs holds up no event. No stream holds a
+thread or a connection. A server that shall end calls `close_all`, from any thread.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,6 +92,10 @@ class LogFeed:
     """Bytes that are there; None before the first look."""
     tail: bytes = b""
     """The last of them."""
+    pulse: Pulse | None = None
+    """The job's when it was last looked at: whoever sees the end of the job here finds the whole log."""
+    is_gone: bool = False
+    """Whether the job had been deleted then."""
 
     @property
     def tail_start(self) -> int:
@@ -107,10 +112,11 @@ class Streams:
     def __init__(self, store: Store, storage: Storage) -> None:
         self._store, self._storage = store, storage
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="streams")
+        self._log_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="logs")
         self._feeds: dict[str, Feed] = {}
         self._open: Counter[str] = Counter()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._poller: asyncio.Task[None] | None = None
+        self._pollers: list[asyncio.Task[None]] = []
         self.is_closing = False
 
     def close_all(self) -> None:
@@ -122,7 +128,8 @@ class Streams:
     def shut(self) -> None:
         """Let the threads go, once nothing is served any more."""
         self.close_all()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._log_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def num_open(self) -> int:
@@ -160,9 +167,14 @@ class Streams:
         feed = self._feeds.setdefault(job_id, Feed(job_id))
         feed.watchers += 1
         loop = asyncio.get_running_loop()
-        if self._poller is None or self._poller.done() or self._loop is not loop:
-            self._loop = loop
-            self._poller = self._loop.create_task(self._poll())
+        if self._loop is not loop:
+            self._loop, self._pollers = loop, []
+        polled = {task.get_name() for task in self._pollers if not task.done()}
+        rounds = {"streams": self._tick, "logs": self._tick_logs}
+        self._pollers = [task for task in self._pollers if not task.done()]
+        self._pollers += [
+            loop.create_task(self._poll(name, tick), name=name) for name, tick in rounds.items() if name not in polled
+        ]
         try:
             yield feed
         finally:
@@ -205,31 +217,34 @@ class Streams:
         if start >= log.tail_start:
             return log.tail[start - log.tail_start :]
         end = min(end, start + READ_BYTES)
-        return await self._read(lambda: b"".join(self._storage.stream(log.path, start=start, end=end)))
+        return await self._read_log(lambda: b"".join(self._storage.stream(log.path, start=start, end=end)))
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def _poll(self) -> None:
-        tick, is_away = 0, False
+    async def _read_log(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._log_threads, work)
+
+    async def _poll(self, name: str, tick: Callable[[int], Awaitable[None]]) -> None:
+        number, is_away = 0, False
         while self._feeds and not self.is_closing:
             pause = POLL_S
             try:
-                await self._tick(with_logs=tick % LOG_TICKS == 0)
+                await tick(number)
                 is_away = False
             except NcfmError as error:
                 # Streams stay open: they go on when it is back.
                 if not is_away:
-                    logger.warning("streams wait: %s", error, extra={"action": "streams_wait"})
+                    logger.warning("%s wait: %s", name, error, extra={"action": f"{name}_wait"})
                 is_away, pause = True, AWAY_S
             except Exception:
                 # The border of the poller: without it every stream would wait for ever.
-                logger.exception("streams wait", extra={"action": "streams_wait"})
+                logger.exception("%s wait", name, extra={"action": f"{name}_wait"})
                 pause = AWAY_S
-            tick += 1
+            number += 1
             await asyncio.sleep(pause)
 
-    async def _tick(self, *, with_logs: bool) -> None:
+    async def _tick(self, _: int) -> None:
         feeds = list(self._feeds.values())
         found = await self._read(lambda: pulses(self._store, [feed.job_id for feed in feeds]))
         for feed in feeds:
@@ -237,13 +252,23 @@ class Streams:
             is_changed = pulse != feed.pulse or (pulse is None) != feed.is_gone
             if pulse is not None and is_changed:
                 await self._keep_events(feed, pulse)
-            has_grown = False
-            for log in list(feed.logs.values()):
-                if with_logs or is_changed or log.size is None:
-                    has_grown = await self._look_at(log) or has_grown
-            # Last: whoever sees the end of a job finds all of its events and its log.
+            # Last: whoever sees the end of a job finds all of its events.
             feed.pulse, feed.is_gone = pulse or feed.pulse, pulse is None
-            if is_changed or has_grown:
+            if is_changed:
+                feed.wake()
+
+    async def _tick_logs(self, number: int) -> None:
+        for feed in list(self._feeds.values()):
+            pulse, is_gone, has_news = feed.pulse, feed.is_gone, False
+            if pulse is None and not is_gone:
+                # Nobody knows yet whether more is to come.
+                continue
+            for log in list(feed.logs.values()):
+                is_changed = (pulse, is_gone) != (log.pulse, log.is_gone)
+                if number % LOG_TICKS == 0 or is_changed or log.size is None:
+                    has_news = await self._look_at(log) or is_changed or has_news
+                    log.pulse, log.is_gone = pulse, is_gone
+            if has_news:
                 feed.wake()
 
     async def _keep_events(self, feed: Feed, pulse: Pulse) -> None:
@@ -258,14 +283,14 @@ class Streams:
     async def _look_at(self, log: LogFeed) -> bool:
         """Whether the log has grown, or is seen for the first time."""
         before = log.size
-        size = await self._read(lambda: self._storage.size(log.path)) or 0
+        size = await self._read_log(lambda: self._storage.size(log.path)) or 0
         if size == before:
             return False
         if before is None or size < before:
             log.size, log.tail = size, b""
             return True
         start = max(before, size - KEPT_LOG_BYTES)
-        more = await self._read(lambda: b"".join(self._storage.stream(log.path, start=start, end=size)))
+        more = await self._read_log(lambda: b"".join(self._storage.stream(log.path, start=start, end=size)))
         log.tail = (log.tail + more if start == before else more)[-KEPT_LOG_BYTES:]
         log.size = start + len(more)
         return True

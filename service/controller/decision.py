@@ -193,3 +193,5 @@ class Published:
 Action = Move | Wait | Report | Submit | RequestStop | Stop | Publish | StopPublisher | Published
 OnRay = Submit | Stop | Publish | StopPublisher
 """Actions that are carried out by Ray."""
+OnStorage = Submit | RequestStop
+"""Actions that write to the storage root."""

@@ -25,6 +25,8 @@ GPU_PATIENCE_S = 300.0
 """GPUs that the cluster has lost are waited for this long before `gpus: auto` goes without."""
 GPU_LOOK_BACK = 20
 """Earlier attempts of a job that are asked what they computed on."""
+SLOW_S = 1.0
+"""A failure of the storage root that took longer is met once in a round: the next job's would take as long."""
 PUBLISH_WINDOW = 8
 """Ended jobs with an MLflow run to complete that are looked at in one round."""
 EARLIER = 2
@@ -50,6 +52,8 @@ class Look:
         self._unknown_since: dict[str, float] = {}
         self.storage_error = self.ray_error = ""
         """Why either could not be asked in the last round; empty where it could."""
+        self._stuck_on = ""
+        """The job whose documents were waited for in vain in this round; the next one begins with another."""
         self.capacity: Capacity | None = None
         """Totals of the cluster in the last round."""
         self.awaited_gpus = 0.0
@@ -71,7 +75,9 @@ class Look:
         due = self._store.unpublished(limit=PUBLISH_WINDOW, at=now())
         rays: dict[str, RayJob | None] = {}
         remains: dict[str, tuple[str, ...]] = {}
-        self.capacity, self.ray_error, self.storage_error = None, "", ""
+        # Not always the same job first, or one whose documents alone cannot be read would hide all others.
+        active.sort(key=lambda job: job.id == self._stuck_on)
+        self.capacity, self.ray_error, self.storage_error, self._stuck_on = None, "", "", ""
         try:
             capacity = self._cluster.capacity()
             names = [*map(submission_id, active), *map(publisher_id, due)]
@@ -130,7 +136,9 @@ class Look:
 
     def _attempt(self, job: Job, rays: dict[str, RayJob | None], remains: dict[str, tuple[str, ...]]) -> Attempt:
         name = submission_id(job)
-        attempt = Attempt(job=job, ray=rays.get(name), status=None, result=None, silent_s=0.0)
+        if self._stuck_on:
+            return self._unreadable(job, rays.get(name), self.storage_error)
+        started = self._clock()
         try:
             # The result first: the status that is read after it is the last one.
             result = self._storage.get_record(attempt_path(job.id, job.attempt, "result.json"), AttemptResult)
@@ -139,14 +147,14 @@ class Look:
             gpus = self._gpus_before(job, status)
         except StorageError as error:
             self.storage_error = str(error)
-            return Attempt(
-                job=job, ray=attempt.ray, status=None, result=None, silent_s=0.0, is_readable=False, trouble=str(error)
-            )
+            if self._clock() - started >= SLOW_S:
+                self._stuck_on = job.id
+            return self._unreadable(job, rays.get(name), str(error))
         if result is not None:
             reached("after_result_read")
         return Attempt(
             job=job,
-            ray=attempt.ray,
+            ray=rays.get(name),
             status=status,
             result=result,
             silent_s=self._silence(name, status),
@@ -155,6 +163,9 @@ class Look:
             remains=remains.get(name),
             gpus=gpus,
         )
+
+    def _unreadable(self, job: Job, ray: RayJob | None, trouble: str) -> Attempt:
+        return Attempt(job=job, ray=ray, status=None, result=None, silent_s=0.0, is_readable=False, trouble=trouble)
 
     def _note_unknown(self, active: list[Job], rays: dict[str, RayJob | None]) -> None:
         """Since when Ray knows nothing of drivers that are being cancelled; counted anew after a time in which it was away.

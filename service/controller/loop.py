@@ -15,9 +15,9 @@ from ncfm_core.errors import NcfmError, StorageError
 from service.cluster import Capacity, ClusterUnreachable
 from service.controller.acting import Act
 from service.controller.crash_points import reached
-from service.controller.decision import Action, OnRay, Policy, Submit, Wait
+from service.controller.decision import Action, OnRay, OnStorage, Policy, Submit, Wait
 from service.controller.launch import Launch, Muscle
-from service.controller.looking import Look
+from service.controller.looking import SLOW_S, Look
 from service.controller.policy import decide
 from service.controller.sightings import Lookout
 from service.controller.tenure import Tenure
@@ -62,7 +62,7 @@ class Controller:
         self._policy, self._tenure = policy, tenure
         self._look = Look(store, storage, cluster, policy=policy, clock=clock)
         self._act = Act(store, storage, cluster, launch=launch, tenure=tenure, clock=clock)
-        self._said_trouble = ""
+        self._clock, self._said_trouble = clock, ""
         self._token: int | None = None
         self.mlflow_error = ""
         """Why MLflow could not be reached when it was last asked."""
@@ -128,19 +128,23 @@ class Controller:
             self._token = self._tenure.token
         snapshot = self._look.snapshot(self.mlflow_error)
         reached("after_look")
-        moved = is_ray_away = False
+        moved = is_ray_away = is_storage_away = False
         waits = 0
         for action in decide(snapshot, self._policy):
             waits += isinstance(action, Wait)
-            if (isinstance(action, Wait) and waits > MAX_WAITS) or (is_ray_away and isinstance(action, OnRay)):
+            is_vain = (is_ray_away and isinstance(action, OnRay)) or (is_storage_away and isinstance(action, OnStorage))
+            if (isinstance(action, Wait) and waits > MAX_WAITS) or is_vain:
                 # The next round tells more of them; and each question to Ray would wait as long for the same answer.
                 continue
+            started = self._clock()
             try:
                 moved = self._act.do(action) or moved
             except (FencedError, StoreError):
                 raise
             except NcfmError as error:
                 is_ray_away = is_ray_away or isinstance(error, ClusterUnreachable)
+                is_slow = self._clock() - started >= SLOW_S
+                is_storage_away = is_storage_away or (is_slow and isinstance(error, StorageError))
                 self._failed(action, error)
             except Exception:
                 # The job border: one job's trouble must not stop the others.

@@ -18,7 +18,7 @@ from service.controller.loop import Controller
 from service.controller.sightings import Lookout
 from service.controller.tenure import Tenure
 from service.retention import Limits
-from service.settings import Settings
+from service.settings import STORAGE_PATIENCE_S, Settings
 from service.store import Store
 from worker.storage import Storage
 
@@ -39,7 +39,8 @@ def main(settings: Settings) -> None:
     """
     logs.configure(settings.log_format)
     arm(settings.crash_at)
-    store, storage, cluster = Store(settings.database), Storage(settings.storage_url), Cluster(settings)
+    store, cluster = Store(settings.database), Cluster(settings)
+    storage = Storage(settings.storage_url, patience=STORAGE_PATIENCE_S)
     tenure = Tenure(store, seconds=settings.lease_seconds)
     launch = Launch.from_settings(settings)
     controller = Controller(store, storage, cluster, policy=policy_of(settings), launch=launch, tenure=tenure)

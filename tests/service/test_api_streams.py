@@ -25,6 +25,7 @@ from service.reports import Progress
 from service.store import Store
 from tests.service.world import move
 from worker.records import now
+from worker.storage import Storage
 
 STREAM = {"Accept": "text/event-stream"}
 SMALLEST: dict[str, Any] = {"dataset": "digits", "ipc": 1}
@@ -122,6 +123,28 @@ def test_events_when_streamed_come_as_they_happen_and_end_with_the_state(
     assert json.loads(got[-1]["data"]) == {"state": "failed", "attempt": 1}
     listed = client.get(f"/jobs/{job_id}/events").json()["items"]
     assert [json.loads(each["data"]) for each in got[:-1]] == listed
+
+
+def test_events_when_a_log_hangs_in_the_storage_root_come_all_the_same(
+    client: httpx.Client, api_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, is_back, size = submit(client), threading.Event(), Storage.size
+
+    def hang(storage: Storage, path: str) -> int | None:
+        if job_id in path:
+            is_back.wait(20)
+        return size(storage, path)
+
+    monkeypatch.setattr(Storage, "size", hang)
+    move(api_store, job_id, State.STARTING)
+    with client.stream("GET", f"/jobs/{job_id}/logs", headers=STREAM) as log:
+        assert next(log.iter_lines()) == "id: 1:0"
+        started = time.monotonic()
+        later(0.4, lambda: move(api_store, job_id, State.FAILED))
+        with client.stream("GET", f"/jobs/{job_id}/events", headers=STREAM) as reply:
+            assert [each["event"] for each in messages(reply)] == ["created", "state", "state", "end"]
+        assert time.monotonic() - started < 10
+        is_back.set()
 
 
 def test_events_when_reconnected_go_on_and_after_the_end_are_204(client: httpx.Client, api_store: Store) -> None:

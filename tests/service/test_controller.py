@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ncfm_core.errors import StorageError
 from service.cluster import Capacity, ClusterUnreachable
 from service.controller import Controller
 from service.controller.decision import Submit
@@ -166,6 +167,46 @@ def test_job_when_its_documents_cannot_be_read_is_left_alone_and_holds_its_share
     assert world.job(other).reason is Reason.CLUSTER_FULL
     world.driver(job).beat()
     assert world.rounds(job, n=1).state is State.RECOVERING
+
+
+def test_round_when_the_storage_root_hangs_waits_for_it_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.cluster.cpus = 6
+    jobs = [world.submit() for _ in range(3)]
+    world.rounds(jobs[0], n=2)
+    asked: list[str] = []
+
+    def hang(path: str, _: object) -> None:
+        asked.append(path.split("/")[1])
+        world.seconds += 5.0
+        raise StorageError.of("storage", path, "cannot be read: timed out", "")
+
+    monkeypatch.setattr(world.storage, "get_record", hang)
+    for _ in range(2):
+        world.controller.round()
+    assert len(asked) == 2
+    assert len(set(asked)) == 2, "one job's documents do not hide those of the others for good"
+    assert all("cannot be read: timed out" in world.job(job).message for job in jobs)
+
+
+def test_round_when_the_storage_root_takes_nothing_waits_for_it_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.cluster.cpus = 6
+    jobs = [world.submit() for _ in range(3)]
+    world.controller.round()
+    asked: list[str] = []
+
+    def hang(path: str, _: object) -> None:
+        asked.append(path)
+        world.seconds += 5.0
+        raise StorageError.of("storage", path, "cannot be written: timed out", "")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.storage, "put", hang)
+        world.controller.round()
+    assert len(asked) == 1
+    world.controller.round()
+    assert set(world.cluster.submissions) == {f"{job.id}-1" for job in jobs}
 
 
 def test_cancel_when_running_ends_only_after_its_driver(world: World) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,3 +187,19 @@ def test_stream_that_breaks_off_says_so(storage: Storage, change: str) -> None:
         storage.put("large", b"short")
     with pytest.raises(StorageError, match="cannot be read to its end"):
         list(chunks)
+
+
+@pytest.mark.parametrize("read", [lambda storage: storage.get("a"), lambda storage: storage.size("a")])
+def test_bucket_that_never_answers_is_given_up_on_in_time(
+    read: Callable[[Storage], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        named = {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y", "REGION": "us-east-1", "ALLOW_HTTP": "true"}
+        for name, value in (named | {"ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}).items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        storage, started = Storage("s3://bucket/prefix", patience=0.5), time.monotonic()
+        with pytest.raises(StorageError, match="cannot be read"):
+            read(storage)
+        # Not at once: the server is called, although the address has no TLS.
+        assert 0.4 < time.monotonic() - started < 10
