@@ -144,7 +144,7 @@ def driver_of(processes_of: Callable[[str], list[psutil.Process]]) -> Callable[[
     """The process `python -m worker run` of a job."""
 
     def look(job_id: str) -> psutil.Process:
-        found = [each for each in processes_of(job_id) if " -m worker run " in title(each)]
+        found = [each for each in processes_of(job_id) if title(each).split()[1:4] == ["-m", "worker", "run"]]
         assert len(found) == 1, found
         return found[0]
 
