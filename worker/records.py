@@ -3,7 +3,7 @@
 jobs/<job>/spec.json                         the resolved spec, written by whoever starts the job
 jobs/<job>/attempts/<n>/status.json          AttemptStatus, rewritten at least every 2 s while something moves
 jobs/<job>/attempts/<n>/result.json          AttemptResult, once, at the end
-jobs/<job>/attempts/<n>/driver.log           what the driver logged
+jobs/<job>/attempts/<n>/driver.log           what the driver logged; goes on in driver.log.1, driver.log.2, ... (worker/logs.py)
 jobs/<job>/attempts/<n>/reserve              room that a running attempt gives up to say that the storage is full
 jobs/<job>/attempts/<n>/stop.json            StopRequest, written by whoever wants the attempt to end
 jobs/<job>/set/<name>                        a plain copy of the published set, for people
