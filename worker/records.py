@@ -238,7 +238,12 @@ def object_folder(built_by: str, stage: StageName, key: str) -> str:
 
     A task may be lost after its commit: the one that follows must not write over files that a result already names.
     """
-    return f"objects/{built_by}/{stage}-{key.removeprefix('sha256:')[:12]}-{secrets.token_hex(4)}"
+    return f"objects/{built_by}/{stage}{object_mark(key)}{secrets.token_hex(4)}"
+
+
+def object_mark(key: str) -> str:
+    """What the folder of every file of a result has in its name."""
+    return f"-{key.removeprefix('sha256:')[:12]}-"
 
 
 def checkpoint_root(job_id: str) -> str:
