@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from pydantic import ValidationError
 from sqlalchemy import Select, Table, delete, func, select, tuple_
 
 from ncfm_core.errors import StorageError
@@ -16,8 +18,10 @@ from service.jobs import ACTIVE, State
 from service.settings import Settings
 from service.tables import audit, events, idempotency, jobs, uploads
 from service.uploads import remove_unnamed
-from worker.records import FileRecord, StageResult
+from worker.records import AttemptResult, FileRecord, StageResult, attempt_path, object_mark, result_path
 from worker.storage import Storage
+
+logger = logging.getLogger("ncfm.retention")
 
 BATCH = 500
 """Rows of one transaction."""
@@ -100,10 +104,13 @@ def sweep_storage(store: Database, storage: Storage, now: datetime, limits: Limi
     It reads every manifest of the storage root.
     """
     removed = Removed()
-    manifests = _manifests(storage)
+    manifests, unreadable = _manifests(storage)
     kept_files = {file.path for file in _artifacts(store)}
     if limits.cache is not None and not _is_busy(store):
+        awaited = _awaited(store, storage)
         for path, result in list(manifests.items()):
+            if path in awaited:
+                continue
             if result.created_at < now - limits.cache and not kept_files & {file.path for file in result.files}:
                 removed.add("results", 1)
                 del manifests[path]
@@ -115,6 +122,7 @@ def sweep_storage(store: Database, storage: Storage, now: datetime, limits: Limi
         for path, size, changed_at in storage.entries(folder):
             # Files of a job that is not over are written before the result that refers to them.
             is_needed = path in kept_files or path.split("/")[1].rpartition("-")[0] in live
+            is_needed = is_needed or any(object_mark(key) in path for key in unreadable)
             if not is_needed and changed_at < now - limits.temporary:
                 removed.add(kind, 1, size)
                 if not dry_run:
@@ -273,16 +281,40 @@ def _is_busy(store: Database) -> bool:
         return bool(connection.execute(select(jobs.c.id).where(jobs.c.state.in_(ACTIVE)).limit(1)).first())
 
 
-def _manifests(storage: Storage) -> dict[str, StageResult]:
-    """Every committed result by its path.
+def _awaited(store: Database, storage: Storage) -> set[str]:
+    """Paths of the results that a publisher is yet to read, for runs of MLflow that are not complete."""
+    pending = (jobs.c.publication == "pending", jobs.c.attempt > 0)
+    found: set[str] = set()
+    for job_id in _ids(store, lambda after: select(jobs.c.id).where(*pending, jobs.c.id > after)):
+        with store.reading() as connection:
+            attempt = connection.execute(select(jobs.c.attempt).where(jobs.c.id == job_id)).scalar_one_or_none()
+        data = None if attempt is None else storage.get(attempt_path(job_id, attempt, "result.json"))
+        try:
+            keys = () if data is None else AttemptResult.model_validate_json(data).keys
+        except ValidationError:
+            # Nor can the publisher read it.
+            continue
+        found |= {result_path(key) for key in keys}
+    return found
+
+
+def _manifests(storage: Storage) -> tuple[dict[str, StageResult], set[str]]:
+    """Every committed result by its path, and the keys of those that cannot be read, as a power cut may leave one.
+
+    Whoever needs one of these sets it aside and builds it again; what files it named is not known, so all of its key stay.
 
     Raises:
-        StorageError: one cannot be read: then nobody knows which objects it needs.
+        StorageError: storage is away, or a result went away meanwhile: then nobody knows which objects it needs.
     """
     found: dict[str, StageResult] = {}
+    unreadable: set[str] = set()
     for path in storage.list("results"):
-        result = storage.get_record(path, StageResult)
-        if result is None:
+        data = storage.get(path)
+        if data is None:
             raise StorageError.of("storage", path, "a result went away while it was read", "Run it again.")
-        found[path] = result
-    return found
+        try:
+            found[path] = StageResult.model_validate_json(data)
+        except ValidationError:
+            unreadable.add(PurePosixPath(path).stem)
+            logger.warning("%s is not a readable result: its files are kept", path, extra={"action": "unreadable"})
+    return found, unreadable

@@ -3,7 +3,7 @@
 jobs/<job>/spec.json                         the resolved spec, written by whoever starts the job
 jobs/<job>/attempts/<n>/status.json          AttemptStatus, rewritten at least every 2 s while something moves
 jobs/<job>/attempts/<n>/result.json          AttemptResult, once, at the end
-jobs/<job>/attempts/<n>/driver.log           what the driver logged
+jobs/<job>/attempts/<n>/driver.log           what the driver logged; goes on in driver.log.1, driver.log.2, ... (worker/logs.py)
 jobs/<job>/attempts/<n>/reserve              room that a running attempt gives up to say that the storage is full
 jobs/<job>/attempts/<n>/stop.json            StopRequest, written by whoever wants the attempt to end
 jobs/<job>/set/<name>                        a plain copy of the published set, for people
@@ -238,7 +238,12 @@ def object_folder(built_by: str, stage: StageName, key: str) -> str:
 
     A task may be lost after its commit: the one that follows must not write over files that a result already names.
     """
-    return f"objects/{built_by}/{stage}-{key.removeprefix('sha256:')[:12]}-{secrets.token_hex(4)}"
+    return f"objects/{built_by}/{stage}{object_mark(key)}{secrets.token_hex(4)}"
+
+
+def object_mark(key: str) -> str:
+    """What the folder of every file of a result has in its name."""
+    return f"-{key.removeprefix('sha256:')[:12]}-"
 
 
 def checkpoint_root(job_id: str) -> str:

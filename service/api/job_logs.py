@@ -29,6 +29,7 @@ from service.api.openapi import problems
 from service.api.sse import HEADERS, MEDIA_TYPE, EventStream, log_stream
 from service.api.streams import Streams
 from service.jobs import Job
+from worker.logs import log_bytes, log_size
 from worker.storage import Storage
 
 router = APIRouter(tags=["jobs"])
@@ -137,7 +138,7 @@ def _is_all(storage: Storage, job: Job, sent: Position, *, pinned: bool) -> bool
     if not pinned and sent.attempt < job.attempt:
         # The `end` has the place behind the last log as its id: it has not been heard yet.
         return False
-    return (storage.size(log_path(job.id, sent.attempt)) or 0) <= sent.offset
+    return log_size(storage, log_path(job.id, sent.attempt)) <= sent.offset
 
 
 def _stream(request: Request, streams: Streams, job: Job, begin: Position, *, owner: str, pinned: bool) -> Response:
@@ -154,10 +155,10 @@ def _text(request: Request, storage: Storage, job: Job, begin: Position, limit: 
     if limit is not None:
         return Response(read_lines(storage, job, begin, limit=limit).data, media_type=media_type)
     path = log_path(job.id, begin.attempt)
-    size = storage.size(path) or 0
+    size = log_size(storage, path)
     length = max(0, size - begin.offset)
     is_sent = length and not request.state.is_head
-    chunks = storage.stream(path, start=begin.offset, end=size) if is_sent else iter(())
+    chunks = log_bytes(storage, path, start=begin.offset, end=size) if is_sent else iter(())
     return StreamingResponse(chunks, media_type=media_type, headers={"Content-Length": str(length)})
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from service.api.errors import InvalidParameter
 from service.jobs import Job, State
+from worker.logs import log_bytes, log_size
 from worker.records import attempt_path
 from worker.storage import Storage
 
@@ -118,9 +119,9 @@ def position_in(job: Job, given: str, *, field: str, attempt: int | None, otherw
 def read_lines(storage: Storage, job: Job, begin: Position, *, limit: int) -> Lines:
     """A page of whole lines; the last one of a log that is over may lack its end."""
     path = log_path(job.id, begin.attempt)
-    size = storage.size(path) or 0
+    size = log_size(storage, path)
     stop = min(size, begin.offset + READ_BYTES)
-    data = b"".join(storage.stream(path, start=begin.offset, end=stop)) if begin.offset < stop else b""
+    data = b"".join(log_bytes(storage, path, start=begin.offset, end=stop)) if begin.offset < stop else b""
     may_grow = not is_over(job.state, job.attempt, begin.attempt, pinned=True)
     whole = data if stop == size and not may_grow else data[: data.rfind(b"\n") + 1]
     if not whole and len(data) >= PIECE_BYTES:
@@ -132,9 +133,9 @@ def read_lines(storage: Storage, job: Job, begin: Position, *, limit: int) -> Li
 def tail_of(storage: Storage, job: Job, attempt: int, *, lines: int) -> Position:
     """Where the last lines of a log begin: so many, or those in its last MiB."""
     path = log_path(job.id, attempt)
-    size = storage.size(path) or 0
+    size = log_size(storage, path)
     first = max(0, size - TAIL_BYTES)
-    data = b"".join(storage.stream(path, start=first, end=size)) if size else b""
+    data = b"".join(log_bytes(storage, path, start=first, end=size)) if size else b""
     if not is_over(job.state, job.attempt, attempt, pinned=True):
         data = data[: data.rfind(b"\n") + 1]
     before, *rest = data.removesuffix(b"\n").rsplit(b"\n", lines)

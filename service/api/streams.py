@@ -24,6 +24,7 @@ from service.api.errors import ApiError
 from service.jobs import Event, Job
 from service.pulse import Pulse, pulses
 from service.store import Store
+from worker.logs import log_bytes, log_size
 from worker.storage import Storage
 
 logger = logging.getLogger("ncfm.api")
@@ -217,7 +218,7 @@ class Streams:
         if start >= log.tail_start:
             return log.tail[start - log.tail_start :]
         end = min(end, start + READ_BYTES)
-        return await self._read_log(lambda: b"".join(self._storage.stream(log.path, start=start, end=end)))
+        return await self._read_log(lambda: b"".join(log_bytes(self._storage, log.path, start=start, end=end)))
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -283,14 +284,14 @@ class Streams:
     async def _look_at(self, log: LogFeed) -> bool:
         """Whether the log has grown, or is seen for the first time."""
         before = log.size
-        size = await self._read_log(lambda: self._storage.size(log.path)) or 0
+        size = await self._read_log(lambda: log_size(self._storage, log.path))
         if size == before:
             return False
         if before is None or size < before:
             log.size, log.tail = size, b""
             return True
         start = max(before, size - KEPT_LOG_BYTES)
-        more = await self._read_log(lambda: b"".join(self._storage.stream(log.path, start=start, end=size)))
+        more = await self._read_log(lambda: b"".join(log_bytes(self._storage, log.path, start=start, end=size)))
         log.tail = (log.tail + more if start == before else more)[-KEPT_LOG_BYTES:]
         log.size = start + len(more)
         return True

@@ -43,6 +43,8 @@ class Tenure:
         self.other = ""
         """Who holds it instead of us, when it was last asked for."""
         self._ends_at = float("-inf")
+        self._seen: tuple[float, float] | None = None
+        """When another's lease ends by the database's clock, and since when by ours it has done so."""
 
     @property
     def standby_s(self) -> float:
@@ -58,11 +60,17 @@ class Tenure:
         if self._ends_at - self._clock() > below * self._seconds:
             return True
         asked_at = self._clock()
-        lease = acquire(self._store, self.holder, seconds=self._seconds)
+        seen = self._seen
+        unrenewed = seen[0] if seen is not None and asked_at - seen[1] >= self._seconds else None
+        lease = acquire(self._store, self.holder, seconds=self._seconds, unrenewed=unrenewed)
         if lease.holder != self.holder:
+            if seen is None or seen[0] != lease.expires_at:
+                # By a later look at our clock than when it was asked for: never taken for longer than it is.
+                self._seen = lease.expires_at, self._clock()
             self.lose()
             self.other = lease.holder
             return False
+        self._seen = None
         if lease.token != self.token:
             logger.info("this controller is the active one (fence %d)", lease.token, extra={"action": "lease"})
         self._ends_at, self.other = asked_at + self._seconds, ""

@@ -15,6 +15,7 @@ from service.jobs import State
 from service.store import Store
 from tests.service.test_api_streams import STREAM, later, messages, submit
 from tests.service.world import move
+from worker import logs
 from worker.records import attempt_path
 from worker.storage import Storage
 
@@ -216,6 +217,30 @@ def test_page_when_a_line_is_long_has_it_in_pieces(
     first = page(client, twice)
     assert (first["items"], first["next"]) == (["01234567"], "2:8")
     assert page(client, twice, after=first["next"])["items"] == ["89", "x"]
+
+
+def test_log_in_parts_is_read_as_one(
+    client: httpx.Client, api_store: Store, api_storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "PART_BYTES", 8)
+    job_id = submit(client)
+    move(api_store, job_id, State.STARTING, State.RUNNING)
+    path = attempt_path(job_id, 1, "driver.log")
+    api_storage.put(path, b"one\ntwo\n")
+    later(0.5, lambda: api_storage.put(f"{path}.1", b"three\n"))
+    later(1.0, lambda: api_storage.put(f"{path}.1", b"three\nfour\n"))
+    later(1.5, lambda: api_storage.put(f"{path}.2", b"five\n"))
+    later(2.2, lambda: move(api_store, job_id, State.FAILED))
+    got = heard(client, job_id)
+    assert "\n".join(data for _, data in got[:-1]) == "one\ntwo\nthree\nfour\nfive"
+    assert got[-2][0] == "1:24"
+    assert heard(client, job_id, "1:14")[0] == ("1:24", "four\nfive")
+    assert client.get(f"/jobs/{job_id}/logs").text == "one\ntwo\nthree\nfour\nfive\n"
+    assert client.get(f"/jobs/{job_id}/logs", params={"after": "1:4"}).text == "two\nthree\nfour\nfive\n"
+    assert page(client, job_id, limit=3) == {
+        "attempt": 1, "items": ["one", "two", "three"], "position": "1:14", "next": "1:14"
+    }  # fmt: skip
+    assert page(client, job_id, tail=2)["items"] == ["four", "five"]
 
 
 def test_text_stays_what_is_given_unless_json_is_asked_for(client: httpx.Client, twice: str) -> None:

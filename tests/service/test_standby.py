@@ -14,7 +14,7 @@ import pytest
 from service.controller.sightings import Lookout
 from service.controller.tenure import Tenure
 from service.jobs import CancelRequest, Job, State
-from service.leases import FencedError, release
+from service.leases import FencedError, acquire, release
 from tests.service.world import World
 from worker.records import now
 
@@ -174,3 +174,28 @@ def test_tenure_when_kept_is_renewed_after_a_third_and_before_acting_after_a_hal
         tenure.check()
     with pytest.raises(FencedError):
         world.submit()
+
+
+def test_tenure_when_the_databases_clock_jumped_back_takes_a_lease_that_nobody_renews(world: World) -> None:
+    times = [0.0]
+    ours = Tenure(world.store, seconds=30, holder="we", clock=lambda: times[-1])
+    # Two hours ahead: so the row looks once the clock that it was written by has been set back.
+    acquire(world.store, "other", seconds=7200)
+    for at in (1.0, 15.0, 30.5):
+        times.append(at)
+        assert not ours.keep(), "it may be renewed yet"
+    times.append(31.5)
+    assert ours.keep()
+    assert ours.token == 2
+
+
+def test_tenure_when_the_databases_clock_jumped_back_leaves_the_lease_to_a_holder_that_lives(world: World) -> None:
+    times = [0.0]
+    ours = Tenure(world.store, seconds=30, holder="we", clock=lambda: times[-1])
+    acquire(world.store, "other", seconds=7200)
+    assert not ours.keep()
+    acquire(world.store, "other", seconds=30)
+    times.append(31.0)
+    assert not ours.keep(), "renewed, and so set right"
+    times.append(100.0)
+    assert not ours.keep(), "it has not ended by the one clock that counts"

@@ -24,7 +24,7 @@ from service.store import IdempotencyKey, Store
 from service.tables import attempts, audit, events, idempotency, jobs, uploads
 from service.testing import FakeDriver
 from tests.postgres import Postgres
-from worker.records import StageResult, now
+from worker.records import AttemptResult, StageResult, attempt_path, now, object_folder
 from worker.storage import Storage
 
 SPEC = resolve({"dataset": "digits", "ipc": 1}).document()
@@ -418,6 +418,43 @@ def test_gc_when_things_are_old_removes_them_and_nothing_else(
 
     age_result(storage, "results/b.json", now() - timedelta(days=9))
     monkeypatch.setenv("NCFM_KEEP_CACHE_DAYS", "1")
+    assert json.loads(ncfm("gc", "--json")[1])["counts"]["results"] == 1
+    assert storage.list("results") == ["results/a.json"]
+
+
+def test_gc_when_a_result_is_unreadable_keeps_its_files_and_removes_the_rest(
+    ncfm: Ncfm, store: Store, storage: Storage, tmp_path: Path
+) -> None:
+    damaged, other = "c" * 64, "d" * 64
+    kept, gone = (f"{object_folder('x-1', 'distill', f'sha256:{key}')}/images.bin" for key in (damaged, other))
+    for path in (kept, gone):
+        storage.put(path, b"o")
+        age_file(tmp_path / "storage" / path, 3)
+    storage.put(f"results/{damaged}.json", b"")
+    code, said = ncfm("gc", "--json")
+    [line] = [line for line in said.splitlines() if line.startswith("{")]
+    assert (code, json.loads(line)["counts"]) == (0, {"unreferenced objects": 1})
+    assert storage.list("objects") == [kept]
+    assert storage.size(f"results/{damaged}.json") == 0, "whoever needs it sets it aside"
+
+
+def test_gc_keeps_results_that_a_publisher_is_yet_to_read(
+    ncfm: Ncfm, store: Store, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ended(store, storage)
+    teacher = StageResult(
+        key="sha256:t", stage="teachers", built_by=f"{job.id}-1", created_at=now() - timedelta(days=9), files=(),
+        figures={}, seconds=1.0, environment={},
+    )  # fmt: skip
+    storage.commit(teacher)
+    path = attempt_path(job.id, 1, "result.json")
+    last = storage.get_record(path, AttemptResult)
+    assert last is not None
+    storage.put_record(path, last.model_copy(update={"keys": ("sha256:t",)}))
+    monkeypatch.setenv("NCFM_KEEP_CACHE_DAYS", "1")
+    assert "results" not in json.loads(ncfm("gc", "--json")[1])["counts"]
+    with store.writing() as connection:
+        connection.execute(update(jobs).where(jobs.c.id == job.id).values(publication="done"))
     assert json.loads(ncfm("gc", "--json")[1])["counts"]["results"] == 1
     assert storage.list("results") == ["results/a.json"]
 
