@@ -75,14 +75,21 @@ def test_two_tries_at_a_result_write_into_folders_of_their_own(storage: Storage,
 def test_attempt_that_is_stopped_is_stopped_whatever_its_tasks_fail_of(
     driver: Driver, in_process: InProcess, spec: JobSpec
 ) -> None:
-    def before(label: str) -> None:
-        if label == "distill" and not driver.storage.list("jobs/J/attempts/1/stop.json"):
-            ask(driver.storage, 1, checkpoint=True)
+    """The one teacher ends as asked, and the other fails while that is waited for."""
+    failed = list[str]()
+
+    def fail_then() -> None:
+        ask(driver.storage, 1, checkpoint=True)
+        in_process.before = fail
+
+    def fail(label: str) -> None:
         if driver.board.message == "stops as asked":
+            failed.append(label)
             raise RuntimeError("a CUDA error")
 
-    in_process.before = before
+    at_turn(in_process, "teacher 1", 2, fail_then)
     assert driver(spec).outcome == "stopped"
+    assert failed
 
 
 def test_memory_that_runs_out_names_the_way_out(driver: Driver, in_process: InProcess, spec: JobSpec) -> None:
