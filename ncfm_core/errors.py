@@ -7,7 +7,8 @@ NcfmError
     StorageFullError  there is no room for it
     DamagedError      it is missing or differs from its record
   CheckpointError  a checkpoint does not belong to this run
-  ResourcesError   the cluster can never hold what the spec demands
+  ResourcesError   a device, a compiler or room that the work asks for is not there
+    NoNodeError       no node of the cluster holds one task
     OutOfMemoryError  a stage does not fit the memory of its device
   TrackingError    the MLflow server cannot be used
   LimitError       the job's wall time was over too early
@@ -114,9 +115,15 @@ class CheckpointError(NcfmError):
 
 
 class ResourcesError(NcfmError):
-    """The cluster can never hold what the spec demands."""
+    """A device, a compiler or room that the work asks for is not there."""
 
     code = "resources_unavailable"
+
+
+class NoNodeError(ResourcesError):
+    """No node of the cluster, as it is, can ever hold one task of what the spec demands; one that joins it may."""
+
+    code = "no_node"
 
 
 class OutOfMemoryError(ResourcesError):

@@ -108,9 +108,7 @@ def restore(url: str, source: Path, *, force: bool = False) -> Manifest:
             if engine == "sqlite":
                 _replace_sqlite(database, data)
             else:
-                _run_tool(
-                    database, "pg_restore", "--clean", "--if-exists", "--no-owner", "--single-transaction", str(data)
-                )
+                _replace_postgresql(database, data)
             with database.reading() as connection:
                 counts = _counts(connection)
             if counts != manifest.counts:
@@ -160,7 +158,8 @@ def _copy(database: Database, folder: Path) -> Manifest:
     else:
         with _snapshot(database) as (connection, snapshot):
             revision, counts = revision_of(connection), _counts(connection)
-            _run_tool(database, "pg_dump", "--format=custom", "--no-owner", f"--snapshot={snapshot}", f"--file={data}")
+            options = ["--format=custom", "--no-owner", f"--snapshot={snapshot}", f"--file={data}"]
+            _run_tool("pg_dump", *options, _address(database), of=database)
     if revision is None:
         raise BackupError.of("database", database.shown_url, "is empty", "Start the service first.")
     manifest = Manifest(
@@ -218,6 +217,16 @@ def _replace_sqlite(database: Database, data: Path) -> None:
     os.replace(fresh, path)
 
 
+def _replace_postgresql(database: Database, data: Path) -> None:
+    """In one transaction. All our tables go first: one that came after the copy would hold those that it refers to."""
+    script = data.with_suffix(".sql")
+    _run_tool("pg_restore", "--clean", "--if-exists", "--no-owner", f"--file={script}", str(data), of=database)
+    drops = [f"DROP TABLE IF EXISTS {name} CASCADE" for name in (*metadata.tables, "alembic_version")]
+    options = ["--no-psqlrc", "--quiet", "--output=/dev/null", "--single-transaction", "--set=ON_ERROR_STOP=1"]
+    steps = [f"--command={drop}" for drop in drops]
+    _run_tool("psql", *options, _address(database), *steps, f"--file={script}", of=database)
+
+
 def _copied(data: Path, path: Path) -> Path:
     """A durable copy of a file beside the place that it is meant for."""
     fresh = path.with_name(path.name + ".restoring")
@@ -252,24 +261,24 @@ def _snapshot(database: Database) -> Iterator[tuple[Connection, str]]:
         yield connection, str(connection.execute(text("SELECT pg_export_snapshot()")).scalar_one())
 
 
-def _run_tool(database: Database, tool: str, *arguments: str) -> None:
+def _address(database: Database) -> str:
+    """For PostgreSQL's tools, without the password: others can read a command line."""
+    url = database.engine.url.set(drivername="postgresql", password=None)
+    return f"--dbname={url.render_as_string(hide_password=False)}"
+
+
+def _run_tool(tool: str, *arguments: str, of: Database) -> None:
     found = shutil.which(tool)
     if found is None:
         hint = "Install PostgreSQL's client tools of the server's version, or copy the database by its own means."
         raise BackupError.of("PATH", tool, "there is no such command", hint)
-    url = database.engine.url.set(drivername="postgresql", password=None)
-    # In its environment, since others can read a command line.
-    password = database.engine.url.password
-    ran = subprocess.run(
-        [found, f"--dbname={url.render_as_string(hide_password=False)}", *arguments],
-        env={"PGPASSWORD": str(password)} if password else {},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    password = of.engine.url.password
+    # Notices would stand before the error.
+    environment = {"PGOPTIONS": "--client-min-messages=warning"} | ({"PGPASSWORD": str(password)} if password else {})
+    ran = subprocess.run([found, *arguments], env=environment, capture_output=True, text=True, check=False)
     if ran.returncode:
         said = ran.stderr.strip().splitlines() or ["it does not say why"]
-        raise BackupError.of("database", database.shown_url, f"{tool}: {said[0]}", "See what it says, and try again.")
+        raise BackupError.of("database", of.shown_url, f"{tool}: {said[0]}", "See what it says, and try again.")
 
 
 def _sha256(path: Path) -> str:

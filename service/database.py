@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,15 +101,19 @@ class Database:
         file = self.engine.url.database
         if self.engine.dialect.name != "sqlite" or file is None:
             return ""
-        target = Path(f"{file}.{mark}")
+        target, unfinished = Path(f"{file}.{mark}"), Path(f"{file}.{mark}.partial")
         if not target.exists():
+            unfinished.unlink(missing_ok=True)
             with self._translated():
                 raw = self.engine.raw_connection()
                 try:
                     # Below SQLAlchemy, which would begin a transaction first.
-                    raw.cursor().execute("VACUUM INTO ?", (str(target),))
+                    raw.cursor().execute("VACUUM INTO ?", (str(unfinished),))
                 finally:
                     raw.close()
+            with unfinished.open("rb") as copied:
+                os.fsync(copied.fileno())
+            unfinished.replace(target)
         return str(target)
 
     def upgrade(self) -> tuple[str | None, str]:

@@ -106,22 +106,33 @@ class Store(Sightings):
             KeyReused: the key was used for another request.
         """
         job = job.model_copy(update={"version": 1, "event_seq": 1})
-        known = None if key is None else self._known(key)
+        made = None if key is None else self.made_by(key)
+        if made is not None:
+            return made, False
+        try:
+            with self.writing() as connection:
+                if key is not None:
+                    row = asdict(key) | {"job_id": job.id, "created_at": job.created_at}
+                    connection.execute(insert(idempotency).values(row))
+                connection.execute(insert(jobs).values(_row(job)))
+                _append(connection, job, "created", {"state": str(job.state)}, job.created_at, actor)
+            return job, True
+        except StoreError as error:
+            # Somebody sent the same key at the same moment, and was first; else another try would fail again.
+            made = self.made_by(key) if key and isinstance(error.__cause__, IntegrityError) else None
+            if made is None:
+                raise
+            return made, False
+
+    def made_by(self, key: IdempotencyKey) -> Job | None:
+        """The job that was made under a key; None where there is none yet.
+
+        Raises:
+            KeyReused: the key was used for another request.
+        """
+        known = self._known(key)
         if known is None:
-            try:
-                with self.writing() as connection:
-                    if key is not None:
-                        row = asdict(key) | {"job_id": job.id, "created_at": job.created_at}
-                        connection.execute(insert(idempotency).values(row))
-                    connection.execute(insert(jobs).values(_row(job)))
-                    _append(connection, job, "created", {"state": str(job.state)}, job.created_at, actor)
-                return job, True
-            except StoreError as error:
-                # Somebody sent the same key at the same moment, and was first; else another try would fail again.
-                known = self._known(key) if key and isinstance(error.__cause__, IntegrityError) else None
-                if known is None:
-                    raise
-        assert key is not None and known is not None
+            return None
         if known.fingerprint != key.fingerprint:
             raise KeyReused.of(
                 "Idempotency-Key",
@@ -129,8 +140,7 @@ class Store(Sightings):
                 f"was used for another request, which made job {known.job_id}",
                 "Send a new key with a new request.",
             )
-        found = self.get(known.job_id, deleted=True)
-        return (job, False) if found is None else (found, False)
+        return self.get(known.job_id, deleted=True)
 
     def _known(self, key: IdempotencyKey) -> Row[Any] | None:
         with self.reading() as connection:

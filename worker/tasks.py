@@ -12,7 +12,7 @@ from typing import Any, cast
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from ncfm_core.errors import NcfmError, OutOfMemoryError, ResourcesError
+from ncfm_core.errors import NcfmError, NoNodeError, OutOfMemoryError
 from ncfm_core.spec import DatasetSpec, ResourcesSpec
 from worker.driver.probe import ClusterUnreachableError
 from worker.history import Event, Notice, Stage
@@ -131,7 +131,7 @@ def demand(resources: ResourcesSpec, cluster: tuple[Node, ...], *, auto: float |
         auto: what `gpus: auto` stands for; None for one where there is any.
 
     Raises:
-        ResourcesError: no node could ever hold one task.
+        NoNodeError: no node could ever hold one task.
     """
     if auto is None:
         auto = 1.0 if any(node.gpus for node in cluster) else 0.0
@@ -140,13 +140,13 @@ def demand(resources: ResourcesSpec, cluster: tuple[Node, ...], *, auto: float |
         return wanted
     most_cpus, most_gpus = max(node.cpus for node in cluster), max(node.gpus for node in cluster)
     if wanted.gpus > most_gpus:
-        raise ResourcesError.of(
+        raise NoNodeError.of(
             "resources.gpus",
             resources.gpus,
             f"no node of the cluster has so many GPUs; the most is {most_gpus:g}",
             "Ask for fewer.",
         )
-    raise ResourcesError.of(
+    raise NoNodeError.of(
         "resources.cpus",
         resources.cpus,
         f"no node of the cluster has so many CPUs free; the most is {most_cpus:g}",

@@ -91,6 +91,9 @@ def _cancel(store: Store, job: Job, request: CancelRequest, actor: Actor) -> Job
     is_forced = job.cancel is not None and job.cancel.mode == "force"
     if job.state is State.CANCELLED or request.mode != "force" or is_forced:
         return job
+    if job.cancel is not None:
+        # What the first one asked for is kept: its checkpoint may be there already.
+        request = request.model_copy(update={"checkpoint": request.checkpoint or job.cancel.checkpoint})
     return store.note(job, "changed", {"cancel": {"mode": "force"}}, actor=actor, cancel=request)
 
 

@@ -54,6 +54,8 @@ def submit_job(
 ) -> JobBody:
     """Keep a new job. Everything left out is filled in from the preset, now and for good."""
     once = idempotency_key(key, owner=caller.owner, operation="POST /jobs", document=document)
+    if once is not None and (made := store.made_by(once)) is not None:
+        return answered(store, made, response, is_new=False)
     envelope, requested = split(document)
     sources.check(document)
     return keep_new(
@@ -94,6 +96,11 @@ def keep_new(
         parent_id=parent_id,
     )
     job, is_new = store.add_once(new, once, actor=caller.actor)
+    return answered(store, job, response, is_new=is_new)
+
+
+def answered(store: Store, job: Job, response: Response, *, is_new: bool) -> JobBody:
+    """The answer with a job that was made, now or by the same request before."""
     response.headers["Location"] = f"/jobs/{job.id}"
     if not is_new:
         response.headers[REPLAYED] = "true"

@@ -13,7 +13,7 @@ from ncfm_core.errors import Problem, SpecError, shorten
 from service.api.changes import document_body
 from service.api.context import CallerDep, JobDep, StoreDep
 from service.api.envelope import ENVELOPE_SCHEMA, merged, read_envelope
-from service.api.jobs import MADE, keep_new
+from service.api.jobs import MADE, answered, keep_new
 from service.api.models import JobBody
 from service.api.once import IdempotencyHeader, idempotency_key
 from service.api.openapi import problems
@@ -63,6 +63,8 @@ def rerun_job(
     """A new job from what this one was asked for, resolved anew. It names this one as its parent."""
     operation = f"POST /jobs/{job.id}/rerun"
     once = idempotency_key(key, owner=caller.owner, operation=operation, document=document)
+    if once is not None and (made := store.made_by(once)) is not None:
+        return answered(store, made, response, is_new=False)
     unknown = [name for name in document if name not in _KEYS]
     if unknown:
         raise SpecError(

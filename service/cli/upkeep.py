@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.cli.terminal import as_json, results
-from service.settings import load_settings
+from service.settings import STORAGE_PATIENCE_S, load_settings
 from worker.records import now
 from worker.storage import Storage
 
@@ -80,7 +80,7 @@ def gc(
     limits = Limits.from_settings(settings)
     # To a database that is not the right one, everything in the storage root would be what nobody needs.
     open_unchecked(settings.database, is_look=True).close()
-    storage = Storage(settings.storage_url, is_look=True)
+    storage = Storage(settings.storage_url, is_look=True, patience=STORAGE_PATIENCE_S)
     with open_unchecked(settings.database, is_look=dry_run) as database:
         database.check_schema()
         removed = tidy(database, storage, now(), limits, dry_run=dry_run)

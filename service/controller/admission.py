@@ -64,16 +64,20 @@ class _Account:
         self.of_owner: Counter[str] = Counter()
         self._automatic = automatic(capacity, awaits_gpus=snapshot.awaits_gpus)
         for attempt in snapshot.attempts:
-            kept = automatic(capacity, awaits_gpus=snapshot.awaits_gpus, kept=attempt.gpus)
+            job, gpus = attempt.job, attempt.gpus
+            is_at_work = job.state in (State.RUNNING, State.CANCELLING)
+            if gpus is None or not is_at_work:
+                # One that began where there was no GPU goes on without; its next attempt would take one.
+                gpus = automatic(capacity, awaits_gpus=snapshot.awaits_gpus, kept=gpus)
             # What recovers and fits nowhere now runs nowhere: it keeps its place, and holds up nobody.
-            waits = attempt.job.state is State.RECOVERING and lacks(attempt.job, capacity, automatic=kept)
-            self.take(attempt.job, holds=not waits)
+            waits = job.state is State.RECOVERING and lacks(job, capacity, automatic=gpus)
+            self.take(job, automatic=gpus, holds=not waits)
 
-    def take(self, job: Job, *, holds: bool = True) -> None:
+    def take(self, job: Job, *, automatic: float | None = None, holds: bool = True) -> None:
         self.running += 1
         self.of_owner[job.owner] += 1
         if holds:
-            demand = _demand(job, self._automatic)
+            demand = _demand(job, self._automatic if automatic is None else automatic)
             self.held = Capacity(self.held.cpus + demand.cpus, self.held.gpus + demand.gpus)
 
     def full(self, job: Job, policy: Policy) -> str:

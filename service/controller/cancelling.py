@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from service.controller.admission import wait
 from service.controller.decision import Action, Attempt, Move, Policy, RequestStop, Snapshot, Stop
 from service.controller.endings import ended, last_words, publication, said
-from service.jobs import CancelRequest, Job, Reason, State
+from service.jobs import CancelRequest, Reason, State
 
 DONE = "cancelled by request; nothing of it is left running"
 FORGOTTEN = "what its driver may have left running: Ray does not know the driver any more"
@@ -39,7 +39,7 @@ def cancelling(attempt: Attempt, snapshot: Snapshot, policy: Policy) -> Action |
             detail: dict[str, JsonValue] = {"cleanup": "unverified", "pending": FORGOTTEN}
             return _end(attempt, message, detail | {"checked": _checked(attempt)})
         return _end(attempt, DONE, {"cleanup": "verified", "checked": _checked(attempt)})
-    is_over = _is_over(job, snapshot.now, policy)
+    is_over = _is_over(attempt, snapshot.now, policy)
     # A storage root that takes no request is tried for a while, also where all the time was over before anybody looked.
     if attempt.ray is None and _may_ask(attempt, policy) and not (is_over and attempt.unknown_s >= policy.submitted_s):
         # Ray has forgotten a driver that still gives signs of life, or may start one yet: it can still be told.
@@ -60,7 +60,7 @@ def is_gone(attempt: Attempt, policy: Policy, *, known_gone_after_s: float) -> b
 
 def _driver_lives(attempt: Attempt, snapshot: Snapshot, policy: Policy) -> Action | None:
     job, request = attempt.job, attempt.job.cancel
-    if _is_over(job, snapshot.now, policy):
+    if _is_over(attempt, snapshot.now, policy):
         return _unverified(attempt, "its driver, which Ray has not stopped")
     # A driver that has not reported itself has nothing to end in good order.
     if request is None or attempt.status is None or snapshot.now >= force_at(request):
@@ -84,9 +84,11 @@ def _is_unborn(attempt: Attempt) -> bool:
     return attempt.ray is None and attempt.status is None and attempt.result is None
 
 
-def _is_over(job: Job, at: datetime, policy: Policy) -> bool:
-    """Whether its end has been waited for long enough."""
-    return job.cancel is not None and at >= force_at(job.cancel) + timedelta(seconds=policy.cleanup_limit_s)
+def _is_over(attempt: Attempt, at: datetime, policy: Policy) -> bool:
+    """Whether its end has been waited for long enough, and sought long enough by somebody who could do so."""
+    request = attempt.job.cancel
+    is_late = request is not None and at >= force_at(request) + timedelta(seconds=policy.cleanup_limit_s)
+    return is_late and attempt.sought_s >= policy.min_cleanup_s
 
 
 def _pending(attempt: Attempt, policy: Policy) -> str:

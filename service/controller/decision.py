@@ -37,6 +37,8 @@ class Policy:
     """Before the attempt that follows one whose driver found no node to hold it."""
     cleanup_limit_s: float = 300.0
     """A cancelled job whose end cannot be verified is given up on this long after its driver should have gone."""
+    min_cleanup_s: float = 60.0
+    """It is not given up on before its end was sought this long without a break, however long nobody could seek it."""
     max_publishers: int = 2
     publisher_limit_s: float = 900.0
     """A publisher that takes longer is stopped, and tried again later."""
@@ -75,10 +77,12 @@ class Attempt:
     """Whether the driver has been asked to end of itself."""
     unknown_s: float = 0.0
     """Since Ray was first found not to know a driver that is being cancelled, by our own clock."""
+    sought_s: float = 0.0
+    """Since when its end could be sought without a break, where it is being cancelled: Ray and its documents were there."""
     remains: tuple[str, ...] | None = None
     """Processes of it that still live by Ray's account; None where that was not asked."""
     gpus: float | None = None
-    """What each task of the last attempt that said so took; None where none did, or where nobody needs it now."""
+    """What each task of the last attempt that said so takes or took; None where none did, or where nobody needs it now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

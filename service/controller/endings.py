@@ -18,7 +18,7 @@ from worker.records import EXIT_USER_ERROR, AttemptResult, AttemptStatus, ErrorR
 
 MAX_CAUSE_CHARS = 300
 STORAGE_FULL = "storage_full"
-NO_ROOM = "resources_unavailable"
+NO_ROOM = "no_node"
 """Codes of an attempt's error (ncfm_core.errors)."""
 RETRIED_AS = {
     STORAGE_FULL: Reason.STORAGE_FULL,
@@ -48,7 +48,8 @@ def ended(attempt: Attempt, result: AttemptResult, snapshot: Snapshot, policy: P
         # Nodes come and go: the user is told, and it waits (`admission.lacks`).
         pause = timedelta(seconds=policy.room_pause_s)
         waiting = f"waits for room on the cluster: {message}"
-        return Move(job, State.RECOVERING, Reason.EXCEEDS_CLUSTER, waiting, {"retry_at": snapshot.now + pause})
+        changes |= {"retry_at": snapshot.now + pause}
+        return Move(job, State.RECOVERING, Reason.EXCEEDS_CLUSTER, waiting, changes)
     reason = Reason.INTERNAL if error.code == "internal" else Reason.USER_ERROR
     return Move(job, State.FAILED, reason, message, changes | {"error": error, "publication": publication(job, result)})
 

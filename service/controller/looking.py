@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from ncfm_core.errors import StorageError
 from service.cluster import Capacity, ClusterUnreachable, RayJob
@@ -29,6 +29,8 @@ SLOW_S = 1.0
 """A failure of the storage root that took longer is met once in a round: the next job's would take as long."""
 PUBLISH_WINDOW = 8
 """Ended jobs with an MLflow run to complete that are looked at in one round."""
+ORPHANED_S = 120.0
+"""Workers whose head is gone for good end of themselves within this time."""
 EARLIER = 2
 """Attempts before the last one that are looked at too: a stage may outlive its driver, and the pause before the next attempt."""
 
@@ -50,6 +52,7 @@ class Look:
         self._heartbeats: dict[str, tuple[datetime, float]] = {}
         self._publishing_since: dict[str, float] = {}
         self._unknown_since: dict[str, float] = {}
+        self._sought_since: dict[str, float] = {}
         self.storage_error = self.ray_error = ""
         """Why either could not be asked in the last round; empty where it could."""
         self._stuck_on = ""
@@ -67,6 +70,7 @@ class Look:
         self._heartbeats.clear()
         self._publishing_since.clear()
         self._unknown_since.clear()
+        self._sought_since.clear()
         self._last_gpus = self._without_gpus_since = None
 
     def snapshot(self, mlflow_error: str) -> Snapshot:
@@ -92,6 +96,7 @@ class Look:
             reached("after_remains_asked")
         followed = {submission_id(job) for job in active}
         self._heartbeats = {key: seen for key, seen in self._heartbeats.items() if key in followed}
+        self._sought_since = {key: at for key, at in self._sought_since.items() if key in followed}
         self._note_unknown(active, rays)
         return Snapshot(
             now=now(),
@@ -130,9 +135,19 @@ class Look:
         return sorted(found.values(), key=lambda job: (job.rank, job.id))
 
     def _remains(self, job: Job) -> tuple[str, ...]:
-        """What is left of a job by Ray's account: of its last attempt, and of those just before it, whose drivers were lost."""
-        numbers = range(max(1, job.attempt - EARLIER), job.attempt + 1)
-        return tuple(each for number in numbers for each in self._cluster.remains(submission_id(job, number)))
+        """What is left of a job by Ray's account: of its last attempt, and of those just before it, whose drivers were lost.
+
+        A head that has been restarted knows nothing of earlier attempts: what they ran is given the time that it takes to notice.
+        """
+        since = now() - timedelta(seconds=ORPHANED_S)
+        found: list[str] = []
+        for attempt in self._store.attempts(job.id)[-EARLIER - 1 :]:
+            name = submission_id(job, attempt.number)
+            found += self._cluster.remains(name)
+            is_recent = attempt.ended_at is not None and attempt.ended_at > since
+            if attempt.number < job.attempt and is_recent and self._cluster.find(name) is None:
+                found.append(f"attempt {attempt.number}, which Ray does not know any more")
+        return tuple(found)
 
     def _attempt(self, job: Job, rays: dict[str, RayJob | None], remains: dict[str, tuple[str, ...]]) -> Attempt:
         name = submission_id(job)
@@ -160,11 +175,20 @@ class Look:
             silent_s=self._silence(name, status),
             has_stop_request=is_asked,
             unknown_s=self._clock() - self._unknown_since.get(name, self._clock()),
+            sought_s=self._sought(job),
             remains=remains.get(name),
             gpus=gpus,
         )
 
+    def _sought(self, job: Job) -> float:
+        """Seconds in which the end of a job that is being cancelled could be sought, since the last time it could not."""
+        if job.state is not State.CANCELLING or self.capacity is None:
+            self._sought_since.pop(submission_id(job), None)
+            return 0.0
+        return self._clock() - self._sought_since.setdefault(submission_id(job), self._clock())
+
     def _unreadable(self, job: Job, ray: RayJob | None, trouble: str) -> Attempt:
+        self._sought_since.pop(submission_id(job), None)
         return Attempt(job=job, ray=ray, status=None, result=None, silent_s=0.0, is_readable=False, trouble=trouble)
 
     def _note_unknown(self, active: list[Job], rays: dict[str, RayJob | None]) -> None:
@@ -178,11 +202,13 @@ class Look:
         self._unknown_since = since
 
     def _gpus_before(self, job: Job, status: AttemptStatus | None) -> float | None:
-        """What the tasks of a job took in the last attempt that said so, where the next one is to start."""
-        if job.state not in (State.STARTING, State.RECOVERING) or job.demand.gpus != "auto":
+        """What the tasks of a job take, or took in the last attempt that said so where the next one is to start."""
+        if job.demand.gpus != "auto":
             return None
         if status is not None and status.gpus is not None:
             return status.gpus
+        if job.state not in (State.STARTING, State.RECOVERING):
+            return None
         for attempt in range(job.attempt - 1, max(0, job.attempt - 1 - GPU_LOOK_BACK), -1):
             earlier = self._storage.get_record(attempt_path(job.id, attempt, "status.json"), AttemptStatus)
             if earlier is not None and earlier.gpus is not None:

@@ -150,6 +150,20 @@ def test_new_job_waits_some_minutes_for_gpus_that_were_there(world: World) -> No
     assert world.controller._look.awaited_gpus == 0
 
 
+def test_job_that_began_without_gpus_holds_none_of_those_that_come(world: World) -> None:
+    world.cluster.cpus = 4
+    job = submit(world)
+    world.rounds(job, n=2)
+    computes_on(world, job, 0.0)
+    world.rounds(job, n=1)
+    world.cluster.gpus = 1
+    other = submit(world)
+    assert world.rounds(other, n=2).state is State.STARTING
+    assert world.cluster.submissions[f"{other.id}-1"].entrypoint.endswith(" --gpus 1")
+    third = submit(world)
+    assert "running jobs hold 2 CPUs and 1 GPUs of 4 CPUs and 1 GPUs" in world.rounds(third, n=2).message
+
+
 def test_job_that_wants_no_gpu_does_not_wait_for_any(world: World) -> None:
     world.cluster.gpus = 1
     job = submit(world)
@@ -165,7 +179,7 @@ def test_job_whose_driver_finds_no_room_waits_and_uses_up_no_budget(world: World
     job = world.submit()
     world.rounds(job, n=2)
     world.cluster.start(f"{job.id}-1")
-    world.driver(job).fail("resources_unavailable", "no node of the cluster has so many CPUs free; the most is 1")
+    world.driver(job).fail("no_node", "no node of the cluster has so many CPUs free; the most is 1")
     world.cluster.end(f"{job.id}-1", exit_code=2)
     waiting = world.rounds(job, n=2)
     assert (waiting.state, waiting.reason) == (State.RECOVERING, Reason.EXCEEDS_CLUSTER)
@@ -174,10 +188,11 @@ def test_job_whose_driver_finds_no_room_waits_and_uses_up_no_budget(world: World
     assert waiting.retry_at is not None
 
 
-def test_job_that_does_not_fit_its_devices_memory_has_failed(world: World) -> None:
-    """Another attempt would only run out of it again."""
+@pytest.mark.parametrize("code", ["out_of_memory", "resources_unavailable"])
+def test_job_whose_device_cannot_do_it_has_failed(world: World, code: str) -> None:
+    """Another attempt would only meet the same: too little memory, no CUDA in its torch, a compiler that fails."""
     job = world.running()
-    world.driver(job).fail("out_of_memory", "a stage does not fit the memory of its device")
+    world.driver(job).fail(code, "what the stage needs is not there")
     failed = world.rounds(job, n=1)
     assert (failed.state, failed.reason) == (State.FAILED, Reason.USER_ERROR)
 

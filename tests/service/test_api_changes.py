@@ -54,6 +54,14 @@ def test_cancel_when_asked_twice_may_only_become_forced(client: httpx.Client, ap
     assert types == ["created", "state", "state", "state", "changed"]
 
 
+def test_cancel_when_forced_keeps_the_wish_for_a_checkpoint(client: httpx.Client, api_store: Store) -> None:
+    job_id = submit(client)
+    move(api_store, job_id, State.STARTING, State.RUNNING)
+    client.post(f"/jobs/{job_id}/cancel", json={"checkpoint": True})
+    forced = client.post(f"/jobs/{job_id}/cancel", json={"mode": "force"}).json()["cancel"]
+    assert (forced["mode"], forced["checkpoint"]) == ("force", True)
+
+
 @pytest.mark.parametrize("reason", [Reason.WORKER_LOST, Reason.CLUSTER_LOST, Reason.STORAGE_FULL])
 def test_cancel_when_recovering_waits_until_nothing_of_it_is_left(
     client: httpx.Client, api_store: Store, reason: Reason

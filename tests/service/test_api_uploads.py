@@ -97,6 +97,23 @@ def test_upload_is_kept_under_its_sum_and_sent_again_is_the_same(client: httpx.C
     assert kept.stat().st_mode & 0o777 == 0o644
 
 
+def test_job_under_a_known_key_is_answered_although_its_upload_is_gone(client: httpx.Client) -> None:
+    made = send(client, archive(41)).json()
+    body = {"dataset": {"name": "imagefolder", "uri": made["uri"], "image_size": 16}, "ipc": 1, "preset": "quick"}
+    key = {"Idempotency-Key": "gone-1"}
+    job = client.post("/jobs", json=body, headers=key).json()
+    again = {"Idempotency-Key": "gone-2"}
+    rerun = client.post(f"/jobs/{job['id']}/rerun", headers=again).json()
+    for each in (job, rerun):
+        assert client.post(f"/jobs/{each['id']}/cancel").json()["state"] == "cancelled"
+    assert client.delete(f"/datasets/{made['id']}").status_code == 204
+    for path, headers, before in (("/jobs", key, job), (f"/jobs/{job['id']}/rerun", again, rerun)):
+        reply = client.post(path, json=body if path == "/jobs" else None, headers=headers)
+        assert (reply.status_code, reply.json()["id"]) == (201, before["id"])
+        assert reply.headers["Idempotency-Replayed"] == "true"
+    assert client.post("/jobs", json=body).status_code == 422
+
+
 def test_upload_may_come_in_pieces_and_as_any_archive(client: httpx.Client) -> None:
     data = tar()
 

@@ -8,13 +8,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from ncfm_core.errors import StorageError
 from service.cluster import RayJob
 from service.controller.crash_points import POINTS, UnknownCrashPoint, arm, reached
-from service.controller.looking import QUEUE_WINDOW
+from service.controller.looking import ORPHANED_S, QUEUE_WINDOW
 from service.controller.loop import MAX_WAITS
 from service.jobs import CancelRequest, Event, Job, Reason, State
+from service.tables import attempts
 from tests.service.world import POLICY, World
 from worker.records import AttemptResult, StopRequest, attempt_path, now
 
@@ -165,13 +167,66 @@ def test_cancel_when_its_end_cannot_be_verified_says_so_in_the_end(world: World)
     job = world.running()
     world.cluster.left[f"{job.id}-1"] = ("worker 4711 on 10.0.0.2",)
     world.cancel(job, asked(seconds_ago=294, mode="force"))
+    world.seconds += 100
     assert world.rounds(job, n=6).state is State.CANCELLING
-    current = world.job(job)
-    world.store.note(current, "changed", {}, cancel=asked(seconds_ago=301, mode="force"))
+    world.seconds += 100
+    wished_at(world, job, 301)
     assert world.rounds(job, n=1).state is State.CANCELLED
     detail = last_event(world, job).data
     assert detail["cleanup"] == "unverified"
     assert "worker 4711" in str(detail["pending"])
+
+
+def wished_at(world: World, job: Job, seconds_ago: float) -> None:
+    """Let the time since a forced cancel pass."""
+    world.store.note(world.job(job), "changed", {}, cancel=asked(seconds_ago=seconds_ago, mode="force"))
+
+
+@pytest.mark.parametrize("away", ["storage", "ray", "controller"])
+def test_cancel_when_nobody_could_see_to_it_for_long_stops_the_driver_before_it_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    job = world.running()
+    other = world.submit()
+    if away == "storage":
+
+        def fail(*_: object) -> None:
+            raise StorageError.of("NCFM_STORAGE", "memory", "cannot be read")
+
+        monkeypatch.setattr(world.storage, "get_record", fail)
+    world.cluster.is_away = away == "ray"
+    world.cluster.stops_at_once = False
+    world.cancel(job, asked(mode="force"))
+    if away != "controller":
+        assert world.rounds(job, n=3).state is State.CANCELLING
+        assert world.cluster.stops == []
+    world.seconds += 400
+    wished_at(world, job, 400)
+    monkeypatch.undo()
+    world.cluster.is_away = False
+    if away == "controller":
+        world.restarted()
+    assert world.rounds(job, n=5).state is State.CANCELLING
+    assert world.cluster.stops == [f"{job.id}-1"]
+    assert world.job(other).state is State.QUEUED, "what the driver holds is not free"
+    world.cluster.end(f"{job.id}-1", "STOPPED", exit_code=None)
+    assert world.rounds(job, n=5).state is State.CANCELLED
+    assert last_event(world, job).data["cleanup"] == "verified"
+
+
+def test_cancel_when_ray_has_forgotten_an_earlier_attempt_gives_its_workers_time_to_end(world: World) -> None:
+    job = world.running()
+    world.cluster.restart()
+    while world.job(job).attempt < 2 or world.job(job).state is not State.STARTING:
+        world.rounds(job, n=1)
+    world.rounds(job, n=1)
+    world.cancel(job, asked(mode="force"))
+    waiting = world.rounds(job, n=8)
+    assert waiting.state is State.CANCELLING
+    assert "attempt 1, which Ray does not know any more" in waiting.message
+    with world.store.writing() as connection:
+        connection.execute(update(attempts).values(ended_at=now() - timedelta(seconds=ORPHANED_S)))
+    assert world.rounds(job, n=1).state is State.CANCELLED
 
 
 def publishing(world: World) -> Job:

@@ -309,8 +309,8 @@ def test_decide_when_ray_forgot_a_driver_that_is_cancelled_tells_it_through_stor
 
 
 def test_decide_when_no_driver_is_known_and_it_cannot_be_asked_to_end_gives_up_in_the_end() -> None:
-    assert isinstance(climb(asked(400), unknown_s=24.0), RequestStop)
-    given_up = climb(asked(400), unknown_s=25.0)
+    assert isinstance(climb(asked(400), unknown_s=24.0, sought_s=60.0), RequestStop)
+    given_up = climb(asked(400), unknown_s=25.0, sought_s=60.0)
     assert isinstance(given_up, Move)
     assert (given_up.to, given_up.detail["cleanup"]) == (State.CANCELLED, "unverified")
     assert "may be about to start its driver" in given_up.message
@@ -336,7 +336,7 @@ def test_decide_when_cancelled_says_what_its_end_rests_on() -> None:
 
 
 def test_decide_when_a_cancelled_job_leaves_processes_waits_for_them_but_not_for_ever() -> None:
-    left: dict[str, Any] = {"ray": STOPPED, "remains": ("worker 7 on node-2",)}
+    left: dict[str, Any] = {"ray": STOPPED, "remains": ("worker 7 on node-2",), "sought_s": 60.0}
     waiting = climb(asked(299, "force"), **left)
     assert isinstance(waiting, Wait)
     assert "waits for what its driver left running: worker 7 on node-2" in waiting.message
@@ -346,7 +346,16 @@ def test_decide_when_a_cancelled_job_leaves_processes_waits_for_them_but_not_for
     assert "worker 7 on node-2" in given_up.message
     assert isinstance(climb(asked(329), **left), Wait), "the grace is no part of it"
     assert isinstance(climb(asked(400), capacity=None, **left), Wait), "nobody can see"
-    assert outcome(climb(asked(301, "force"), ray=RUNNING)) == "cancelled requested"
+    assert outcome(climb(asked(301, "force"), ray=RUNNING, sought_s=60.0)) == "cancelled requested"
+
+
+def test_decide_when_nobody_could_see_to_the_end_of_a_cancelled_job_seeks_it_first() -> None:
+    """Storage, Ray or the controller was away for longer than an end is waited for."""
+    alive: dict[str, Any] = {"ray": RUNNING} | FRESH
+    assert isinstance(climb(asked(4000), **alive), Stop)
+    assert isinstance(climb(asked(4000), sought_s=59.0, **alive), Stop)
+    assert outcome(climb(asked(4000), sought_s=60.0, **alive)) == "cancelled requested"
+    assert isinstance(climb(asked(4000), ray=STOPPED, remains=("worker 7 on node-2",), sought_s=59.0), Wait)
 
 
 def publications(*tried: tuple[int, RayJob | None], mlflow_error: str = "", capacity: Capacity | None = TWO_CPUS, running_s: float = 0.0) -> list[Action]:  # fmt: skip

@@ -20,6 +20,7 @@ from service.cli import app as cli
 from service.database import open_unchecked
 from service.jobs import CancelRequest, Job, Reason, State, new_job_id
 from service.retention import Limits, tidy
+from service.schema import downgrade, revision_of, upgrade
 from service.store import IdempotencyKey, Store
 from service.tables import attempts, audit, events, idempotency, jobs, uploads
 from service.testing import FakeDriver
@@ -241,6 +242,51 @@ def test_backup_when_restored_gives_every_row_back(ncfm: Ncfm, store: Store, sto
     assert [event.seq for event in store.events(kept[0].id, after=0, limit=9)] == [1, 2, 3, 4]
     assert ncfm("doctor")[0] == 0
     new_job(store)
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_restore_when_the_copy_is_of_an_older_release_takes_the_place_of_a_newer_schema(
+    ncfm: Ncfm, store: Store, storage: Storage, tmp_path: Path, force: tuple[str, ...]
+) -> None:
+    """What the newer release has added refers to tables that the copy brings."""
+    job = new_job(store)
+    with store.writing() as connection:
+        downgrade(connection, "0002")
+    copy = tmp_path / "copy.tar"
+    assert ncfm("backup", str(copy))[0] == 0
+    with store.writing() as connection:
+        upgrade(connection)
+        if not force:
+            connection.execute(delete(events))
+            connection.execute(delete(jobs))
+    store.close()
+    code, said = ncfm("restore", str(copy), *force)
+    assert code == 0, said
+    with store.reading() as connection:
+        assert revision_of(connection) == "0002"
+    store.close()
+    assert ncfm("db", "upgrade")[0] == 0
+    assert store.get(job.id) == job
+    storage.put("jobs/mark", b"")
+    code, said = ncfm("doctor")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_copy_beside_that_was_broken_off_is_made_anew(store: Store) -> None:
+    job = new_job(store)
+    file = Path(str(store.engine.url.database))
+    file.with_name(f"{file.name}.0002.partial").write_bytes(b"half of a copy")
+    kept = store.copy_beside("0002")
+    assert kept == f"{file}.0002"
+    with Store(f"sqlite:///{kept}") as copied:
+        assert copied.get(job.id) == job
+    assert not list(file.parent.glob("*.partial"))
+    new_job(store)
+    before = Path(kept).read_bytes()
+    assert store.copy_beside("0002") == kept
+    assert Path(kept).read_bytes() == before, "the one from before the upgrade stays"
 
 
 @pytest.mark.usefixtures("tools")

@@ -127,5 +127,5 @@ def test_attempt_says_what_each_of_its_tasks_takes(driver: Driver, in_process: I
     board, assignment = Board("J", 2), Assignment(spec=spec, job_id="J", attempt=2, started_at=now(), gpus=1.0)
     surroundings = Surroundings(storage=driver.storage.url, data_dir=Path("unused"))
     result = drive(assignment, surroundings, driver.storage, None, board)
-    assert result.error is not None and result.error.code == "resources_unavailable"
+    assert result.error is not None and result.error.code == "no_node"
     assert board.status().gpus == 1, "the next attempt is to have the same"

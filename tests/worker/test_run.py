@@ -297,7 +297,7 @@ def test_demand_that_no_node_can_hold_is_told(tmp_path: Path, spec_file: Path, c
     assert "resources.cpus" in err
     result = AttemptResult.model_validate_json((tmp_path / "storage/jobs/J/attempts/1/result.json").read_bytes())
     assert result.error is not None
-    assert (result.error.code, result.retryable) == ("resources_unavailable", False)
+    assert (result.error.code, result.retryable) == ("no_node", False)
 
 
 def test_data_that_is_not_there_is_told(tmp_path: Path, spec_file: Path, cluster: dict[str, str]) -> None:

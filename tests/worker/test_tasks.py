@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ncfm_core.errors import ResourcesError
+from ncfm_core.errors import NoNodeError
 from ncfm_core.submission import resolve
 from worker.tasks import Demand, Node, demand
 
@@ -31,5 +31,5 @@ def test_gpus_that_are_automatic_are_what_is_there_unless_said() -> None:
     assert demand(resources, (Node(4, 0), Node(4, 1))).gpus == 1
     assert demand(resources, (Node(4, 0),)).gpus == 0
     assert demand(resources, (Node(4, 0), Node(4, 1)), auto=0.0).device == "cpu"
-    with pytest.raises(ResourcesError, match="no node of the cluster has so many GPUs"):
+    with pytest.raises(NoNodeError, match="no node of the cluster has so many GPUs"):
         demand(resources, (Node(4, 0),), auto=1.0)
