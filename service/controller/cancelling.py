@@ -18,6 +18,8 @@ from service.jobs import CancelRequest, Reason, State
 
 DONE = "cancelled by request; nothing of it is left running"
 FORGOTTEN = "what its driver may have left running: Ray does not know the driver any more"
+KEPT = "a rerun goes on from its checkpoints"
+NOT_KEPT = "it left no checkpoint: no stage had got so far, or none could save itself in the time that it had"
 MAX_NAMED = 5
 
 
@@ -133,4 +135,7 @@ def _end(attempt: Attempt, message: str, detail: dict[str, JsonValue]) -> Move:
     with_run = job if run is None else job.model_copy(update={"mlflow_run_id": run})
     stopped = result if result is not None and result.outcome == "stopped" else None
     changes["publication"] = publication(with_run, stopped)
+    if attempt.has_checkpoints is not None:
+        message = f"{message}; {KEPT if attempt.has_checkpoints else NOT_KEPT}"
+        detail = detail | {"checkpoint": "kept" if attempt.has_checkpoints else "none"}
     return Move(job, State.CANCELLED, Reason.REQUESTED, message, changes, detail)

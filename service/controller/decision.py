@@ -79,6 +79,8 @@ class Attempt:
     """Since Ray was first found not to know a driver that is being cancelled, by our own clock."""
     sought_s: float = 0.0
     """Since when its end could be sought without a break, where it is being cancelled: Ray and its documents were there."""
+    has_checkpoints: bool | None = None
+    """Whether there are checkpoints to go on from, where it is being cancelled with the wish for one."""
     remains: tuple[str, ...] | None = None
     """Processes of it that still live by Ray's account; None where that was not asked."""
     gpus: float | None = None

@@ -16,7 +16,7 @@ from service.controller.decision import Attempt, Policy, Publication, Snapshot
 from service.controller.launch import Muscle, publisher_id, submission_id
 from service.jobs import Job, State
 from service.store import Store
-from worker.records import AttemptResult, AttemptStatus, attempt_path, now
+from worker.records import AttemptResult, AttemptStatus, attempt_path, checkpoint_root, now
 from worker.storage import Storage
 
 QUEUE_WINDOW = 50
@@ -160,6 +160,7 @@ class Look:
             status = self._storage.get_record(attempt_path(job.id, job.attempt, "status.json"), AttemptStatus)
             is_asked = job.state is State.CANCELLING and self._has_stop_request(job)
             gpus = self._gpus_before(job, status)
+            has_checkpoints = self._has_checkpoints(job)
         except StorageError as error:
             self.storage_error = str(error)
             if self._clock() - started >= SLOW_S:
@@ -176,6 +177,7 @@ class Look:
             has_stop_request=is_asked,
             unknown_s=self._clock() - self._unknown_since.get(name, self._clock()),
             sought_s=self._sought(job),
+            has_checkpoints=has_checkpoints,
             remains=remains.get(name),
             gpus=gpus,
         )
@@ -214,6 +216,11 @@ class Look:
             if earlier is not None and earlier.gpus is not None:
                 return earlier.gpus
         return None
+
+    def _has_checkpoints(self, job: Job) -> bool | None:
+        if job.state is not State.CANCELLING or job.cancel is None or not job.cancel.checkpoint:
+            return None
+        return bool(self._storage.list(checkpoint_root(job.id)))
 
     def _has_stop_request(self, job: Job) -> bool:
         return self._storage.size(attempt_path(job.id, job.attempt, "stop.json")) is not None

@@ -18,7 +18,7 @@ from service.controller.loop import MAX_WAITS
 from service.jobs import CancelRequest, Event, Job, Reason, State
 from service.tables import attempts
 from tests.service.world import POLICY, World
-from worker.records import AttemptResult, StopRequest, attempt_path, now
+from worker.records import AttemptResult, StopRequest, attempt_path, checkpoint_root, now
 
 
 @pytest.fixture
@@ -56,6 +56,20 @@ def test_cancel_when_graceful_asks_the_driver_and_is_over_when_it_has_ended(worl
         "no worker or actor of it lives by Ray's account",
         "its driver left a result: stopped",
     ]
+    assert detail["checkpoint"] == "none"
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_cancel_when_it_wants_a_checkpoint_says_whether_there_is_one(world: World, is_kept: bool) -> None:
+    job = world.running()
+    if is_kept:
+        world.storage.put(f"{checkpoint_root(job.id)}/abc/1/400.safetensors", b"x")
+    world.cancel(job, asked(checkpoint=True, grace_seconds=0))
+    ended = world.rounds(job, n=8)
+    assert ended.state is State.CANCELLED
+    assert last_event(world, job).data["checkpoint"] == ("kept" if is_kept else "none")
+    assert ("a rerun goes on from its checkpoints" in ended.message) == is_kept
+    assert ("it left no checkpoint" in ended.message) != is_kept
 
 
 def test_cancel_when_a_second_one_forces_it_does_not_wait(world: World) -> None:
