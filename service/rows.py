@@ -64,7 +64,8 @@ def workable_job_of(row: Row[Any]) -> Job:
     try:
         _ = job.demand
     except (ValueError, TypeError, KeyError) as error:
-        raise UnreadableJob.of("job", row.id, "its row cannot be read: spec.resources is not what this release knows", WAY_OUT) from error
+        message = "its row cannot be read: spec.resources is not what this release knows"
+        raise UnreadableJob.of("job", row.id, message, WAY_OUT) from error
     return job
 
 
