@@ -17,6 +17,7 @@ from ncfm_core.errors import StorageError
 from service.database import Database, NoDatabase, open_unchecked, sqlite_file
 from service.jobs import FORMER_MOVES, MOVES, State
 from service.retention import TERMINAL, temporary_files
+from service.rows import UnreadableJob, workable_job_of
 from service.schema import state_of
 from service.tables import attempts, events, jobs
 from worker.records import AttemptResult, FileRecord, StageResult, attempt_path, now
@@ -72,12 +73,23 @@ def examine(database: Database, storage: Storage, *, deep: bool = False) -> Iter
         # The other questions are put to tables that may not be there.
         yield Finding("error", "schema", database.shown_url, state.problem, state.hint)
     else:
-        for check in (_events, _paths, _attempts, _publications):
+        for check in (_rows, _events, _paths, _attempts, _publications):
             yield from check(database)
         yield from _artifacts(database, storage, deep=deep)
         yield from _untaken(database, storage)
     yield from _results(storage, deep=deep)
     yield from _disk(database, storage)
+
+
+def _rows(database: Database) -> Iterator[Finding]:
+    """Jobs that this release cannot read: the controller and the lists pass them over."""
+    with database.reading() as connection:
+        for row in connection.execution_options(yield_per=200).execute(select(jobs).where(jobs.c.deleted_at.is_(None))):
+            try:
+                workable_job_of(row)
+            except UnreadableJob as error:
+                hint = "Use the release that kept it, or restore the last backup."
+                yield Finding("error", "rows", row.id, error.problems[0].message, hint)
 
 
 def _events(database: Database) -> Iterator[Finding]:

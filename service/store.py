@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import JsonValue
 from sqlalchemy import Connection, Row, func, insert, select, update
@@ -20,12 +20,12 @@ from sqlalchemy.exc import IntegrityError
 
 from ncfm_core.errors import NcfmError
 from service.database import StoreError
-from service.filtering import Filter, filtered
 from service.jobs import ACTIVE, AttemptRecord, Event, EventType, Job, Reason, State, check_move
 from service.leases import check_fence
 from service.reports import changed_stages
+from service.rows import UnreadableJob, as_row, job_of, workable_job_of
 from service.sightings import Sighting, Sightings
-from service.tables import UtcDateTime, attempts, events, idempotency, jobs
+from service.tables import attempts, events, idempotency, jobs
 from worker.records import now
 
 logger = logging.getLogger("ncfm.store")
@@ -80,8 +80,8 @@ class Store(Sightings):
         """
         # An empty database gets its tables first, the lease's among them.
         self.fence: int | None = None
-        self._unreadable: set[tuple[str, int]] = set()
-        """Jobs, each with its version, that were told to be so."""
+        self._unreadable: set[tuple[str, str]] = set()
+        """Jobs, each with what is wrong with its row, that were told to be so."""
         super().__init__(url)
         self.fence = fence
 
@@ -114,7 +114,7 @@ class Store(Sightings):
                 if key is not None:
                     row = asdict(key) | {"job_id": job.id, "created_at": job.created_at}
                     connection.execute(insert(idempotency).values(row))
-                connection.execute(insert(jobs).values(_row(job)))
+                connection.execute(insert(jobs).values(as_row(job)))
                 _append(connection, job, "created", {"state": str(job.state)}, job.created_at, actor)
             return job, True
         except StoreError as error:
@@ -153,39 +153,17 @@ class Store(Sightings):
             ).one_or_none()
 
     def get(self, job_id: str, *, deleted: bool = False) -> Job | None:
+        """A job; None where there is none.
+
+        Raises:
+            UnreadableJob: its row is damaged, or of a later release.
+        """
         query = select(jobs).where(jobs.c.id == job_id)
         if not deleted:
             query = query.where(jobs.c.deleted_at.is_(None))
         with self.reading() as connection:
             row = connection.execute(query).one_or_none()
-        return None if row is None else _job(row)
-
-    def page(
-        self,
-        *,
-        limit: int,
-        before: str | None = None,
-        after: str | None = None,
-        wanted: Filter | None = None,
-        order: Literal["newest", "oldest"] = "newest",
-    ) -> list[Job]:
-        """Jobs by the time of their posting; new ones never shift a page.
-
-        Args:
-            limit: most jobs to return.
-            before: only jobs older than this one.
-            after: only jobs newer than this one.
-            wanted: which jobs.
-            order: which end comes first.
-        """
-        query = filtered(select(jobs), wanted or Filter()).limit(limit)
-        query = query.order_by(jobs.c.id.desc() if order == "newest" else jobs.c.id)
-        if before is not None:
-            query = query.where(jobs.c.id < before)
-        if after is not None:
-            query = query.where(jobs.c.id > after)
-        with self.reading() as connection:
-            return [_job(row) for row in connection.execute(query)]
+        return None if row is None else job_of(row)
 
     def queue(self, *, limit: int, except_owners: Collection[str] = ()) -> list[Job]:
         """Queued jobs in the order of their rank.
@@ -212,13 +190,11 @@ class Store(Sightings):
         with self.reading() as connection:
             return int(connection.execute(query).scalar_one())
 
-    def counts(self, *, owner: str | None = None) -> dict[State, int]:
-        """How many jobs are in each state."""
+    def counts(self) -> dict[State, int]:
+        """How many jobs are in each state that this release knows."""
         query = select(jobs.c.state, func.count()).where(jobs.c.deleted_at.is_(None)).group_by(jobs.c.state)
-        if owner is not None:
-            query = query.where(jobs.c.owner == owner)
         with self.reading() as connection:
-            found = {State(state): int(count) for state, count in connection.execute(query)}
+            found = {str(state): int(count) for state, count in connection.execute(query)}
         return {state: found.get(state, 0) for state in State}
 
     def active(self) -> list[Job]:
@@ -240,15 +216,16 @@ class Store(Sightings):
         found = []
         for row in rows:
             try:
-                job = _job(row)
-                _ = job.demand
-            except (ValueError, TypeError, KeyError) as error:
-                if (row.id, row.version) not in self._unreadable:
-                    self._unreadable.add((row.id, row.version))
-                    logger.error("job %s cannot be read and is left as it is: %s", row.id, error)
-            else:
-                found.append(job)
+                found.append(workable_job_of(row))
+            except UnreadableJob as error:
+                self.leave_out(row.id, error.problems[0].message)
         return found
+
+    def leave_out(self, job_id: str, fault: str) -> None:
+        """Log, once for each fault, that a job is passed over since its row cannot be read."""
+        if (job_id, fault) not in self._unreadable:
+            self._unreadable.add((job_id, fault))
+            logger.error("job %s is left as it is: %s", job_id, fault)
 
     def attempts(self, job_id: str) -> list[AttemptRecord]:
         query = select(attempts).where(attempts.c.job_id == job_id).order_by(attempts.c.number)
@@ -322,7 +299,7 @@ class Store(Sightings):
         The version stays, so that a report never makes somebody's move fail.
         """
         assert "state" not in changes
-        changed = _row(job.model_copy(update=changes))
+        changed = as_row(job.model_copy(update=changes))
         statement = (
             update(jobs)
             .where(jobs.c.id == job.id, jobs.c.version == job.version)
@@ -341,7 +318,7 @@ class Store(Sightings):
     ) -> Job | None:
         """Compare-and-set on the version that was read, and one event."""
         changed = job.model_copy(update={"version": job.version + 1, "event_seq": job.event_seq + 1})
-        statement = update(jobs).where(jobs.c.id == job.id, jobs.c.version == job.version).values(_row(changed))
+        statement = update(jobs).where(jobs.c.id == job.id, jobs.c.version == job.version).values(as_row(changed))
         with self.writing() as connection:
             if connection.execute(statement).rowcount != 1:
                 return None
@@ -361,31 +338,8 @@ def _keep_attempt(connection: Connection, job: Job, at: datetime, fence: int) ->
         connection.execute(
             update(attempts)
             .where(attempts.c.job_id == job.id, attempts.c.number == job.attempt, attempts.c.ended_at.is_(None))
-            .values(ended_at=at, outcome=outcome, reason=job.reason, message=_row(job)["message"])
+            .values(ended_at=at, outcome=outcome, reason=job.reason, message=as_row(job)["message"])
         )
-
-
-def _row(job: Job) -> dict[str, Any]:
-    """A job as column values: JSON columns get plain JSON, times stay times."""
-    # PostgreSQL keeps no NUL, and neither engine half a surrogate pair: what a driver says may hold either.
-    message = job.message.encode(errors="replace").decode().replace("\0", "?")
-    plain = job.model_dump(mode="json", exclude={"message"}) | {"message": message}
-    derived = {name: getattr(job, name) for name in ("rank", "dataset", "method", "spec_digest")}
-    return {
-        column.name: derived[column.name]
-        if column.name in derived
-        else getattr(job, column.name)
-        if isinstance(column.type, UtcDateTime)
-        else plain[column.name]
-        for column in jobs.columns
-    }
-
-
-def _job(row: Row[Any]) -> Job:
-    fields = row._asdict()
-    # They were checked when they came, and are two thirds of the work.
-    plain = {name: fields.pop(name) for name in ("requested", "spec")}
-    return Job.model_validate(fields | {name: {} for name in plain}).model_copy(update=plain)
 
 
 def _append(

@@ -91,7 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--attempt", type=int, default=1, help="number of the attempt at it")
         command.add_argument("--mlflow", help="MLflow server (default: NCFM_MLFLOW_URL)")
     inspect = commands.choices["plan"]
-    inspect.add_argument("--inspect", action="store_true", help="load the data here, so that every key is known")
+    inspect.add_argument(
+        "--inspect",
+        action=argparse.BooleanOptionalAction,
+        help="load the data here, so that every key is known (default: those that need no files, digits)",
+    )
     return parser
 
 
@@ -109,12 +113,15 @@ def _tell(line: str) -> None:
 
 
 def _plan(options: argparse.Namespace, surroundings: Surroundings) -> int:
-    from worker.planning import describe_plan
+    from worker.planning import describe_plan, is_cheap_to_inspect
 
     spec = load_spec(options.spec, options.changes, lambda: Storage(surroundings.storage_url))
-    described = describe_plan(spec, surroundings, inspect=options.inspect)
+    inspect = is_cheap_to_inspect(spec) if options.inspect is None else options.inspect
+    described = describe_plan(spec, surroundings, inspect=inspect)
     for each in described["builds"]:
         _tell(f"{each['stage']:9} {each['name']:24} {each['state']:9} {each['key']}")
+    if not inspect:
+        _tell("What is stored is known once the data are inspected: --inspect loads them here.")
     if options.json:
         sys.stdout.write(json.dumps(described) + "\n")
     return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TypedDict
 
+from ncfm_core.catalog import DATASETS
 from ncfm_core.spec import JobSpec
 from ncfm_core.submission import check_counts
 from worker.plan import Build, held_out, plan
@@ -11,6 +13,8 @@ from worker.records import result_path
 from worker.settings import Surroundings
 from worker.storage import Storage
 
+NEEDED = ("torch", "sklearn")
+"""What loads such data: a machine that has the service alone may lack it."""
 NOT_INSPECTED = "unknown until inspected"
 NOT_SEARCHED = "unknown until searched"
 
@@ -29,6 +33,12 @@ class PlanDocument(TypedDict):
     spec_digest: str
     data_digest: str
     builds: list[BuildLine]
+
+
+def is_cheap_to_inspect(spec: JobSpec) -> bool:
+    """Whether the data come with what is installed here, and need no files."""
+    is_built_in = spec.dataset.uri is None and not DATASETS[spec.dataset.name].files
+    return is_built_in and all(find_spec(name) is not None for name in NEEDED)
 
 
 def describe_plan(spec: JobSpec, surroundings: Surroundings, *, inspect: bool) -> PlanDocument:

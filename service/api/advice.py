@@ -5,7 +5,24 @@ from __future__ import annotations
 from ncfm_core.catalog import DatasetFacts
 from ncfm_core.cost import DAY_SECONDS, estimate
 from ncfm_core.spec import JobSpec
+from service.api.health import is_silent
 from service.store import Sighting
+
+
+def awaited_by_new(sighting: Sighting | None) -> str:
+    """What a job that has just been kept waits for, with the way out; the controller says more once it has looked.
+
+    Args:
+        sighting: what the controller last saw.
+    """
+    start = "start one with `ncfm controller` (`ncfm up` starts all)"
+    if sighting is None:
+        return f"waits for a controller, of which none has looked yet: {start}"
+    if is_silent(sighting):
+        return f"waits for a controller, of which none has looked since {sighting.checked_at:%Y-%m-%d %H:%M:%S} UTC: {start}"
+    if sighting.seen_at is None or sighting.ray_error:
+        return "waits for Ray, which the controller has not reached when it last looked: GET /cluster says why"
+    return "waits for the controller's next look, a matter of seconds; GET /cluster says when it last looked"
 
 
 def warnings_for(spec: JobSpec, facts: DatasetFacts, sighting: Sighting | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ncfm_core.protocols import PROTOCOLS
 from ncfm_core.spec import JobSpec
 from service.api.context import LOCAL, CallerDep, StreamsDep
 from service.api.envelope import MAX_LABEL_CHARS, MAX_LABELS, MAX_PRIORITY
+from service.api.guard import MAX_HEADER_BYTES, MAX_HEADERS
 from service.api.jobs import MAX_WAIT_S
 from service.api.listing import MAX_LIMIT
 from service.api.log_reading import MAX_LINES
@@ -20,7 +21,7 @@ from service.api.models import Body
 from service.api.once import MAX_KEY_CHARS
 from service.api.openapi import problems
 from service.api.submission import MAX_BODY_BYTES
-from service.api.uploads import MAX_AT_ONCE
+from service.api.uploads import MAX_AT_ONCE, SILENCE_S
 from service.settings import Settings
 
 router = APIRouter(tags=["service"])
@@ -60,6 +61,10 @@ class NetworkBody(Body):
 class Limits(Body):
     """What this service takes."""
 
+    headers: int
+    """Of one request."""
+    header_bytes: int
+    """Of all headers of a request together."""
     body_bytes: int
     page_items: int
     priority: int
@@ -76,6 +81,8 @@ class Limits(Body):
     """Of one archive."""
     uploads_at_once: int
     """In one process, over all callers."""
+    upload_silence_seconds: float
+    """Within an upload."""
     changes_per_minute: int | None
     """By one key, in one process; null where the caller needs no key and has no such bound."""
     wrong_keys_per_minute: int
@@ -123,6 +130,8 @@ def get_capabilities(streams: StreamsDep, caller: CallerDep, request: Request) -
         protocols=list(PROTOCOLS),
         presets=list(get_args(PresetName)),
         limits=Limits(
+            headers=MAX_HEADERS,
+            header_bytes=MAX_HEADER_BYTES,
             body_bytes=MAX_BODY_BYTES,
             page_items=MAX_LIMIT,
             priority=MAX_PRIORITY,
@@ -135,6 +144,7 @@ def get_capabilities(streams: StreamsDep, caller: CallerDep, request: Request) -
             streams_per_owner=streams.max_streams_per_owner,
             upload_bytes=settings.max_upload_bytes,
             uploads_at_once=MAX_AT_ONCE,
+            upload_silence_seconds=SILENCE_S,
             changes_per_minute=None if caller.owner == LOCAL else settings.rate_limit_per_minute,
             wrong_keys_per_minute=settings.rate_limit_per_minute,
             running_jobs=settings.max_running_jobs,

@@ -8,11 +8,10 @@ from fastapi import APIRouter
 from pydantic import JsonValue
 
 from service.api.context import StoreDep
-from service.api.health import CONTROLLER_SILENT
+from service.api.health import is_silent
 from service.api.models import Body
 from service.api.openapi import problems
 from service.jobs import Job
-from worker.records import now
 
 router = APIRouter(tags=["service"])
 
@@ -48,7 +47,7 @@ def get_cluster(store: StoreDep) -> ClusterBody:
     """The cluster as the controller last saw it, and what running jobs hold of it."""
     sighting, running = store.sighting(), store.active()
     cpus, gpus = _held(running, has_gpus=bool(sighting and sighting.gpus))
-    silent = sighting is None or now() - sighting.checked_at > CONTROLLER_SILENT
+    silent = sighting is None or is_silent(sighting)
     return ClusterBody(
         cpus=sighting.cpus if sighting else None,
         gpus=sighting.gpus if sighting else None,

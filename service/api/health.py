@@ -38,8 +38,13 @@ def readyz(store: StoreDep, request: Request) -> Health:
     return Health(status="ok" if set(checks.values()) == {"ok"} else "degraded", checks=checks)
 
 
+def is_silent(sighting: Sighting) -> bool:
+    """Whether the controller has not looked for so long that it is taken for gone."""
+    return now() - sighting.checked_at > CONTROLLER_SILENT
+
+
 def _seen(sighting: Sighting | None) -> dict[str, str]:
-    if sighting is None or now() - sighting.checked_at > CONTROLLER_SILENT:
+    if sighting is None or is_silent(sighting):
         since = f"silent since {sighting.checked_at:%Y-%m-%d %H:%M:%S} UTC" if sighting else "not seen yet"
         return {"controller": since}
     return {"controller": "ok", "ray": sighting.ray_error or "ok", "mlflow": sighting.mlflow_error or "ok"}

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from starlette.concurrency import run_in_threadpool
 
 from ncfm_core.submission import resolve
-from service.api.advice import warnings_for
+from service.api.advice import awaited_by_new, warnings_for
 from service.api.context import Caller, CallerDep, JobDep, StoreDep, StreamsDep
 from service.api.envelope import merged, split
 from service.api.looking import JOB_PATH, IfNoneMatch, etag_of, names, show
@@ -83,12 +83,13 @@ def keep_new(
     parent_id: str | None = None,
 ) -> JobBody:
     """Keep a job of a submission, unless its key has made one, and answer with the job."""
-    spec = resolve(requested)
+    spec, sighting = resolve(requested), store.sighting()
     new = Job(
         id=new_job_id(),
         requested=requested,
         spec=spec.document(),
-        warnings=warnings_for(spec, sources.facts(spec), store.sighting()),
+        message=awaited_by_new(sighting),
+        warnings=warnings_for(spec, sources.facts(spec), sighting),
         created_at=now(),
         owner=caller.owner,
         priority=priority,

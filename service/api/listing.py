@@ -7,10 +7,12 @@ import binascii
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Query
+from pydantic import ValidationError
 
 from ncfm_core.errors import Problem, shorten
 from service.api.context import StoreDep
@@ -22,6 +24,8 @@ from service.filtering import Filter
 from service.jobs import State
 from service.listing import Order, summaries
 from service.reports import Progress
+from service.rows import what_is_wrong
+from service.store import Store
 
 router = APIRouter(tags=["jobs"])
 
@@ -67,8 +71,17 @@ def list_jobs(
     mark = _fingerprint(wanted, order)
     beyond = None if cursor is None else _read_cursor(cursor, mark)
     rows = summaries(store, limit=limit + 1, wanted=wanted, order=order, beyond=beyond)
-    items = [_summary(row) for row in rows[:limit]]
-    return JobList(items=items, next=_cursor(items[-1].id, mark) if len(rows) > limit else None)
+    following = _cursor(str(rows[limit - 1]["id"]), mark) if len(rows) > limit else None
+    return JobList(items=list(_readable(store, rows[:limit])), next=following)
+
+
+def _readable(store: Store, rows: list[dict[str, object]]) -> Iterator[JobSummary]:
+    """Without those that are damaged, or of a later release: they must not hide the others."""
+    for row in rows:
+        try:
+            yield _summary(row)
+        except ValidationError as error:
+            store.leave_out(str(row["id"]), f"its row cannot be read: {what_is_wrong(error)}")
 
 
 def _summary(row: dict[str, object]) -> JobSummary:

@@ -218,10 +218,11 @@ def delete_upload(upload: UploadDep, uploads: UploadsDep, store: StoreDep, calle
     """
     is_own = caller.owner in upload.owners
     check_owner(caller, caller.owner if is_own else upload.owner, f"upload {upload.id[:12]}")
-    job = user_of(store, upload)
-    if job is not None:
-        hint = f"Wait for its end, or cancel it: POST /jobs/{job.id}/cancel."
-        raise Conflict.of("id", upload.id, f"job {job.id} is {job.state} and needs it", hint)
+    user = user_of(store, upload)
+    if user is not None:
+        job_id, state = user
+        hint = f"Wait for its end, or cancel it: POST /jobs/{job_id}/cancel."
+        raise Conflict.of("id", upload.id, f"job {job_id} is {state} and needs it", hint)
     uploads.release(upload, [caller.owner] if is_own else upload.owners)
 
 

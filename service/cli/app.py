@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ from service.cli.terminal import as_json, messages, results
 from service.cli.words import for_terminal
 from service.client import ClientError, ServiceAway
 from service.local.stack import Wishes, run_stack
-from service.local.state import Home, StackState
+from service.local.state import Home, StackState, StackStatus
 from service.scopes import KeyProblem
 from service.settings import SettingsError, load_settings
 
@@ -28,7 +29,8 @@ app = typer.Typer(
     name="ncfm",
     help="Dataset distillation as a service.",
     epilog=(
-        "Exit codes: 0 done; 1 it failed (the job, or a process of the stack); 2 what was asked is not legal; "
+        "Exit codes: 0 done; 1 it failed (the job, or a process of the stack), or no stack runs (`status`); "
+        "2 what was asked is not legal; "
         "3 no service answers; 130 interrupted."
     ),
     no_args_is_help=True,
@@ -84,16 +86,20 @@ def _show_stack(state: StackState) -> None:
 
 @app.command()
 def status(json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
-    """Whether a stack of NCFM_HOME runs, and where."""
+    """Whether a stack of NCFM_HOME runs, and where; exit code 1 where none does."""
     settings = load_settings()
     found = Home(settings.home).status()
     if json:
         as_json(found.model_dump())
-        return
-    if found.state == "down":
+    elif found.state == "down":
         results.print(f"down: no stack runs in {settings.home}; start one with `ncfm up`")
-        return
-    table = Table(title=f"{found.state}: {settings.home}", show_header=False, box=None, title_justify="left")
+    else:
+        _show_status(settings.home, found)
+    raise typer.Exit(EXIT_FAILED if found.state == "down" else 0)
+
+
+def _show_status(home: Path, found: StackStatus) -> None:
+    table = Table(title=f"{found.state}: {home}", show_header=False, box=None, title_justify="left")
     for name, pid in found.processes.items():
         address = {"api": found.api, "mlflow": found.mlflow, "ray": found.ray}.get(name) or ""
         table.add_row(name, address, f"pid {pid}" if pid else "not running")

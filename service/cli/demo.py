@@ -21,7 +21,8 @@ from pydantic import JsonValue
 
 from ncfm_core.errors import NcfmError
 from ncfm_core.submission import resolve
-from service.cli.jobs import AsJson, accuracy_table, connect, follow
+from service.cli.jobs import AsJson, connect, follow
+from service.cli.showing import accuracy_table
 from service.cli.terminal import as_json, messages, results
 from service.client import Client
 from service.local.state import Home, StackError, StackStatus

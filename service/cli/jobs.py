@@ -14,9 +14,9 @@ from rich.table import Table
 
 from ncfm_core.errors import SpecError
 from service.cli.progress_bars import StageBars
+from service.cli.showing import show_job
 from service.cli.terminal import as_json, messages, results
-from service.cli.words import in_commands
-from service.client import Client, ServiceAway
+from service.client import Client, ClientError, ServiceAway
 from service.local.state import Home
 from service.replies import Job
 from service.replies import Progress as JobProgress
@@ -32,6 +32,9 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="Of the job; `ncfm ls` 
 Spec = Annotated[Path | None, typer.Argument(metavar="[SPEC.yaml]", help="YAML or JSON file; - for standard input.")]
 Dataset = Annotated[str | None, typer.Option(help="Data set, such as digits.")]
 Ipc = Annotated[int | None, typer.Option(help="Images per class.")]
+Preset = Annotated[
+    str | None, typer.Option(help="What everything left out comes from, such as quick; the data set's own by default.")
+]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field, as method.steps=500.")
 ]
@@ -70,6 +73,7 @@ def submit(
     spec: Spec = None,
     dataset: Dataset = None,
     ipc: Ipc = None,
+    preset: Preset = None,
     settings: Changes = None,
     priority: Priority = None,
     label: NewLabels = None,
@@ -79,7 +83,7 @@ def submit(
     json: AsJson = False,
 ) -> None:
     """Hand in a job."""
-    document = _document(spec, dataset, ipc, settings or [])
+    document = _document(spec, settings or [], dataset=dataset, ipc=ipc, preset=preset)
     given: dict[str, JsonValue] = {"priority": priority, "labels": dict(_labels(label or [])) or None}
     document |= {name: value for name, value in given.items() if value is not None}
     with connect(url) as client:
@@ -107,12 +111,13 @@ def validate(
     spec: Spec = None,
     dataset: Dataset = None,
     ipc: Ipc = None,
+    preset: Preset = None,
     settings: Changes = None,
     url: Url = None,
     json: AsJson = False,
 ) -> None:
     """Show what would become of a job: its stages, what of them is stored, and how long it would take."""
-    document = _document(spec, dataset, ipc, settings or [])
+    document = _document(spec, settings or [], dataset=dataset, ipc=ipc, preset=preset)
     with connect(url) as client:
         forecast = client.validate(document)
     if json:
@@ -174,7 +179,7 @@ def ls(
 def show(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
     """Show one job: its state, its figures, or why it failed."""
     with connect(url) as client:
-        _show(client.job(job_id), json)
+        show_job(client.job(job_id), json)
 
 
 def logs(
@@ -208,9 +213,27 @@ def watch(job_id: JobId, url: Url = None, json: AsJson = False) -> None:
     with connect(url) as client:
         with detaching(job_id):
             job = follow(client, client.job(job_id))
-        _show(job, json)
+        show_job(job, json)
     if job.state != "succeeded":
         raise typer.Exit(1)
+
+
+def edit(
+    job_id: JobId,
+    priority: Annotated[int | None, typer.Option(help="0 to 100: higher ones go first. While it is queued.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="KEY=VALUE", help="Set a label; KEY= takes it away. Repeatable, at any time."),
+    ] = None,
+    url: Url = None,
+    json: AsJson = False,
+) -> None:
+    """Change the priority of a queued job, or the labels of any."""
+    labels = {name: value or None for name, value in _labels(label or []).items()}
+    if priority is None and not labels:
+        raise SpecError.of("edit", None, "nothing to change", "Give --priority N or --label key=value.")
+    with connect(url) as client:
+        show_job(client.change(job_id, priority=priority, labels=labels or None), json)
 
 
 def cancel(
@@ -225,7 +248,7 @@ def cancel(
 ) -> None:
     """Cancel a job."""
     with connect(url) as client:
-        _show(
+        show_job(
             client.cancel(job_id, mode="force" if force else "graceful", checkpoint=checkpoint, grace_seconds=grace),
             json,
         )
@@ -254,10 +277,22 @@ def pull(
     folder = dest if dest is not None else Path(job_id)
     with connect(url) as client:
         files = client.pull(job_id, folder)
+        if not files:
+            raise _nothing_there(client.job(job_id))
     if json:
         as_json({"id": job_id, "folder": str(folder), "files": [str(path) for path in files]})
     else:
         results.print(f"{len(files)} files in {folder}", markup=False)
+
+
+def _nothing_there(job: Job) -> ClientError:
+    """Why there is nothing to fetch, by where the job stands."""
+    hint = f"It is published at the end: `ncfm watch {job.id}` follows the job there."
+    if job.is_final:
+        hint = (
+            f"Only a job that succeeds leaves a set: `ncfm show {job.id}` says more, `ncfm rerun {job.id}` tries again."
+        )
+    return ClientError.of("state", job.state, "the job has no set to fetch", hint)
 
 
 def follow(client: Client, job: Job) -> Job:
@@ -282,10 +317,9 @@ def detaching(job_id: str) -> Iterator[None]:
         raise typer.Exit(EXIT_DETACHED) from None
 
 
-def _document(spec: Path | None, dataset: str | None, ipc: int | None, changes: Sequence[str]) -> dict[str, JsonValue]:
-    """The submission that a command line gives."""
+def _document(spec: Path | None, changes: Sequence[str], **given: JsonValue) -> dict[str, JsonValue]:
+    """The submission that a command line gives: a file, fields with an option of their own, and any others."""
     document = read_document(spec) if spec is not None else {}
-    given = {"dataset": dataset, "ipc": ipc}
     document |= {name: value for name, value in given.items() if value is not None}
     return with_changes(document, changes)
 
@@ -308,58 +342,12 @@ def _handed_in(client: Client, job: Job, *, wait: bool, json: bool) -> None:
         messages.print(f"job {job.id}: {job.title}")
         with detaching(job.id):
             job = follow(client, job)
-    _show(job, json)
+    show_job(job, json)
     if wait and job.state != "succeeded":
         raise typer.Exit(1)
 
 
-def _show(job: Job, json: bool) -> None:
-    if json:
-        as_json(job.model_dump(mode="json"))
-        return
-    table = Table(show_header=False, box=None)
-    table.add_column(no_wrap=True)
-    # Folded, never cut: an address must be whole where somebody copies it.
-    table.add_column(overflow="fold")
-    table.add_row("id", job.id)
-    table.add_row("job", job.title)
-    table.add_row("state", f"{job.state} ({job.reason})" if job.reason else job.state)
-    if job.queue is not None:
-        table.add_row("queue", f"place {job.queue.position}{f': {job.queue.message}' if job.queue.message else ''}")
-    if job.progress and not job.is_final:
-        left = f", about {job.progress.eta_seconds:.0f} s left" if job.progress.eta_seconds is not None else ""
-        table.add_row("stage", f"{job.progress.stage} {job.progress.count}{left}")
-        if job.progress.job_count:
-            table.add_row("whole job", job.progress.job_count)
-    if job.state == "failed":
-        table.add_row("error", in_commands(job.complaint))
-    if job.mlflow_url:
-        table.add_row("MLflow", job.mlflow_url)
-    results.print(table)
-    if job.result is not None:
-        results.print(accuracy_table(job))
-
-
-def accuracy_table(job: Job) -> Table:
-    """The figures of a finished job."""
-    table = Table("trained on", "accuracy %", "students", title=f"{job.title}, last epoch", title_justify="left")
-    rows = {
-        "distilled": "the distilled set",
-        "random_real": "random real images, as many",
-        "herding": "real images chosen by herding, as many",
-        "k_center": "real images chosen by k-center, as many",
-        "full": "the full data",
-    }
-    for name, title in rows.items():
-        figure = getattr(job.result, name)
-        if figure is not None:
-            table.add_row(title, f"{figure.mean:.1f} +- {figure.std:.1f}", str(figure.n))
-    if job.result is not None and job.result.label_robust_score is not None:
-        table.caption = f"label-robust score (DD-Ranking): {job.result.label_robust_score:.3f}"
-    return table
-
-
 def register(app: typer.Typer) -> None:
     """Add the commands to an application."""
-    for command in (submit, validate, rerun, ls, show, watch, logs, cancel, rm, pull):
+    for command in (submit, validate, rerun, ls, show, watch, logs, edit, cancel, rm, pull):
         app.command()(command)

@@ -22,6 +22,7 @@ from service.local.sweep import find
 from service.replies import Job
 from service.store import Store
 from tests.faults.checker import check
+from tests.kept import all_jobs
 from worker.records import StageResult
 from worker.storage import Storage
 
@@ -58,7 +59,7 @@ class Carriers:
 
     def __init__(self, store: Store) -> None:
         ended = [state for state in State if state.is_terminal]
-        jobs = [job.id for job in store.page(limit=100_000, wanted=Filter(states=ended))]
+        jobs = [job.id for job in all_jobs(store, Filter(states=ended))]
         deadline = time.monotonic() + END_LIMIT_S
         while True:
             told = {each: words(each) for each in psutil.process_iter()}

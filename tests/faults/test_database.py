@@ -28,6 +28,7 @@ from service.jobs import Job, new_job_id
 from service.store import IdempotencyKey, Store
 from tests.faults.checker import ClientLog
 from tests.faults.checker import check as check_everything
+from tests.kept import all_jobs
 from tests.postgres import Postgres
 from tests.serving import ApiProcess
 from worker.records import now
@@ -81,13 +82,6 @@ def check(url: str, storage: Path, acknowledged: dict[str, str]) -> None:
         check_everything(store, Storage(str(storage)), log=log)
         errors = [each for each in examine(store, Storage(str(storage))) if each.level == "error"]
         assert not [each for each in errors if each.check != "disk"], errors
-
-
-def all_jobs(store: Store) -> Iterator[Job]:
-    before: str | None = None
-    while page := store.page(limit=200, before=before):
-        yield from page
-        before = page[-1].id
 
 
 def test_writers_when_killed_lose_and_double_nothing(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from datetime import datetime
+import re
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -9,6 +10,7 @@ from pydantic import JsonValue
 
 from ncfm_core.spec import JobSpec
 from ncfm_core.submission import resolve
+from service.api.advice import awaited_by_new
 from service.jobs import Job, Reason, State
 from service.reports import Progress, result_of
 from service.store import Sighting, Store
@@ -48,6 +50,7 @@ def test_submit_when_smallest_answers_with_the_whole_job(client: httpx.Client) -
         "finished_at", "links",
     } <= set(body)  # fmt: skip
     assert (body["state"], body["reason"]) == ("queued", "waiting_for_cluster")
+    assert body["message"] == body["queue"]["message"] == awaited_by_new(None)
     assert body["requested"] == SMALLEST
     assert body["spec"] == resolve(SMALLEST).document()
     assert body["warnings"] == []
@@ -234,3 +237,14 @@ def test_openapi_when_read_documents_submission_statuses_and_problems(client: ht
         assert statuses <= set(responses)
         for status in statuses - {"200", "201", "202", "206", "304"}:
             assert "application/problem+json" in responses[status]["content"]
+
+
+def test_new_job_says_what_it_waits_for_and_the_way_out() -> None:
+    at = now()
+    assert "none has looked yet: start one with `ncfm controller`" in awaited_by_new(None)
+    silent = Sighting(checked_at=at - timedelta(hours=1), seen_at=at)
+    assert re.search("none has looked since .* start one", awaited_by_new(silent))
+    away = Sighting(checked_at=at, seen_at=at, ray_error="refused")
+    assert re.search("waits for Ray.*GET /cluster says why", awaited_by_new(away))
+    well = Sighting(checked_at=at, seen_at=at, cpus=2, gpus=0)
+    assert "the controller's next look" in awaited_by_new(well)

@@ -96,6 +96,7 @@ def test_capabilities_have_the_bounds_that_are_answered_with_413_and_429(tmp_pat
         too_large = client.post("/datasets", params={"name": "x"}, content=b"x" * 1001, headers=headers)
         assert too_large.status_code == 413
     assert (limits["changes_per_minute"], limits["wrong_keys_per_minute"], limits["upload_bytes"]) == (7, 7, 1000)
+    assert (limits["headers"], limits["header_bytes"], limits["upload_silence_seconds"]) == (100, 32_768, 60)
     assert (limits["uploads_at_once"], limits["streams"], limits["streams_per_owner"]) == (4, 1000, 100)
     assert (limits["running_jobs"], limits["running_jobs_per_owner"], limits["body_bytes"]) == (3, 2, 262_144)
 

@@ -47,6 +47,7 @@ COMMANDS = [
     ("watch", "x"),
     ("logs", "-f", "x"),
     ("rm", "x"),
+    ("edit", "x", "--priority", "60"),
 ]
 
 
@@ -76,6 +77,7 @@ def test_command_names_the_address_when_the_service_is_away(
     ("arguments", "complaint"),
     [
         (("submit", "nothing.yaml"), "cannot be read: No such file"),
+        (("edit", "x"), "Give --priority N or --label key=value"),
         (("submit", "--ipc", "many"), "Invalid value for '--ipc'"),
         (("submit", "--dataset", "digits", "--set", "steps"), "not of the form key=value"),
         (("ls", "--limit", "0"), "Invalid value for '--limit'"),
@@ -118,7 +120,7 @@ def test_variable_is_named_when_its_value_is_not_legal(
 
 
 def test_status_has_nulls_when_nothing_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    assert ncfm(monkeypatch, "status", "--json") == 0
+    assert ncfm(monkeypatch, "status", "--json") == cli.EXIT_FAILED
 
     assert json.loads(capfd.readouterr().out) == {
         "state": "down",
@@ -127,6 +129,13 @@ def test_status_has_nulls_when_nothing_runs(monkeypatch: pytest.MonkeyPatch, cap
         "ray": None,
         "processes": {"api": None, "controller": None, "mlflow": None, "ray": None},
     }
+
+
+def test_status_says_the_way_out_when_nothing_runs(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ncfm(monkeypatch, "status") == cli.EXIT_FAILED
+    assert "start one with `ncfm up`" in capfd.readouterr().out
 
 
 def test_status_makes_nothing_when_there_is_no_home(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from service.cli import app as cli
+from service.cli.terminal import results
 from service.client import Client, ClientError, ServiceAway
 from service.connection import NotNow
 from service.jobs import Reason, State
@@ -235,3 +237,61 @@ def test_command_when_interrupted_detaches_and_says_how_to_cancel(api: Client) -
     assert process.returncode == cli.EXIT_INTERRUPTED
     assert f"ncfm cancel {job_id}" in said and "Traceback" not in said
     assert api.job(job_id).state == "queued"
+
+
+def test_command_edit_changes_priority_and_labels(ncfm: Callable[..., tuple[int, str, str]], api: Client) -> None:
+    job_id = api.submit(SMALLEST | {"labels": {"old": "1", "kept": "2"}}).id
+    code, out, _ = ncfm("edit", job_id, "--priority", "60", "--label", "old=", "--label", "new=a=b")
+    assert code == 0 and "priority 60" in out and "kept=2, new=a=b" in out
+    changed = api.job(job_id)
+    assert (changed.priority, changed.labels) == (60, {"kept": "2", "new": "a=b"})
+    code, _, said = ncfm("edit", job_id, "--priority", "101")
+    assert code == cli.EXIT_BAD_INPUT and "priority" in said
+
+
+def test_commands_take_a_preset(ncfm: Callable[..., tuple[int, str, str]]) -> None:
+    arguments = ("--dataset", "cifar10", "--ipc", "1", "--preset", "quick", "--json")
+    assert json.loads(ncfm("submit", *arguments)[1])["spec"]["preset"] == "quick"
+    assert json.loads(ncfm("validate", *arguments)[1])["spec"]["preset"] == "quick"
+    code, _, said = ncfm("validate", "--dataset", "cifar10", "--ipc", "1", "--preset", "quik")
+    assert code == cli.EXIT_BAD_INPUT and "quick" in said
+
+
+def test_command_submit_says_what_is_waited_for(ncfm: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = ncfm("submit", "--dataset", "digits", "--ipc", "1")
+    assert code == 0 and "waits for a controller" in out and "start one with `ncfm controller`" in out
+
+
+@pytest.mark.parametrize("command", ["show", "watch"])
+def test_command_when_an_address_is_longer_than_the_terminal_keeps_it_whole(
+    ncfm: Callable[..., tuple[int, str, str]],
+    api: Client,
+    api_store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    monkeypatch.setattr(results, "_width", 80)
+    address = f"http://127.0.0.1:5000/#/experiments/1/runs/{'0123456789abcdef' * 8}"
+    job_id = api.submit(SMALLEST).id
+    move(api_store, job_id, State.STARTING, State.FAILED, mlflow_url=address)
+    assert address in ncfm(command, job_id)[1]
+
+
+@pytest.mark.parametrize(
+    ("states", "way_out"),
+    [((State.STARTING, State.RUNNING), "ncfm watch {id}"), ((State.STARTING, State.FAILED), "ncfm show {id}")],
+)
+def test_command_pull_when_there_is_no_set_says_the_state_and_the_way_out(
+    ncfm: Callable[..., tuple[int, str, str]],
+    api: Client,
+    api_store: Store,
+    tmp_path: Path,
+    states: tuple[State, ...],
+    way_out: str,
+) -> None:
+    job_id = api.submit(SMALLEST).id
+    move(api_store, job_id, *states)
+    code, out, said = ncfm("pull", job_id, str(tmp_path / "set"))
+    assert (code, out) == (cli.EXIT_BAD_INPUT, "")
+    assert states[-1] in said and way_out.format(id=job_id) in said
+    assert not (tmp_path / "set").exists()

@@ -28,7 +28,7 @@ OPEN = """
 import sys
 from service.store import Store
 store = Store(sys.argv[1])
-sys.stdout.write(str(len(store.page(limit=1))))
+sys.stdout.write(str(sum(store.counts().values())))
 store.close()
 """
 

@@ -14,8 +14,10 @@ from ncfm_core.submission import resolve
 from service.database import StoreError
 from service.filtering import Filter
 from service.jobs import IllegalMove, Job, Reason, State, new_job_id
+from service.listing import summaries
 from service.reports import Progress
 from service.store import Sighting, Store
+from tests.kept import all_jobs
 from worker.records import now
 
 DOCUMENT: dict[str, JsonValue] = {"dataset": "digits", "ipc": 1}
@@ -125,22 +127,22 @@ def test_note_when_many_stores_write_at_once_sequence_has_no_gaps(store: Store, 
     assert [event.seq for event in events] == list(range(1, 42))
 
 
-def test_page_when_jobs_are_added_meanwhile_is_stable(store: Store) -> None:
+def test_summaries_when_jobs_are_added_meanwhile_are_stable(store: Store) -> None:
     jobs = [add(store) for _ in range(7)]
     newest_first = sorted((job.id for job in jobs), reverse=True)
-    first = store.page(limit=3)
+    first = summaries(store, limit=3, wanted=Filter())
     add(store)
-    second = store.page(limit=3, before=first[-1].id)
+    second = summaries(store, limit=3, wanted=Filter(), beyond=first[-1]["id"])
     add(store)
-    third = store.page(limit=3, before=second[-1].id)
-    assert [job.id for job in (*first, *second, *third)] == newest_first
+    third = summaries(store, limit=3, wanted=Filter(), beyond=second[-1]["id"])
+    assert [row["id"] for row in (*first, *second, *third)] == newest_first
 
 
-def test_page_when_filtered_by_state(store: Store) -> None:
+def test_summaries_when_filtered_by_state(store: Store) -> None:
     jobs = [add(store) for _ in range(3)]
     store.move(jobs[1], State.CANCELLED)
-    assert [job.id for job in store.page(limit=10, wanted=Filter(states=[State.CANCELLED]))] == [jobs[1].id]
-    assert len(store.page(limit=10, wanted=Filter(states=[State.CANCELLED, State.QUEUED]))) == 3
+    assert [job.id for job in all_jobs(store, Filter(states=[State.CANCELLED]))] == [jobs[1].id]
+    assert len(all_jobs(store, Filter(states=[State.CANCELLED, State.QUEUED]))) == 3
 
 
 def test_queue_when_many_exceed_the_cluster_still_shows_the_others(store: Store) -> None:

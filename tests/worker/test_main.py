@@ -15,8 +15,9 @@ from threading import Thread
 
 import pytest
 
-from worker.records import EXIT_USER_ERROR, AttemptResult
+from worker.records import EXIT_USER_ERROR, AttemptResult, result_path
 from worker.settings import prepare_own_ray
+from worker.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,11 +45,23 @@ def closed_port() -> int:
 
 
 def test_plan_names_every_result(tmp_path: Path, spec_file: Path) -> None:
-    done = worker(tmp_path, "plan", str(spec_file), "--json")
-    assert done.returncode == 0, done.stderr
+    done = worker(tmp_path, "plan", str(spec_file), "--json", "--no-inspect")
+    assert done.returncode == 0 and "--inspect loads them here" in done.stderr, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert [each["stage"] for each in document["builds"]].count("teachers") == 3
     assert {each["key"] for each in document["builds"]} == {"unknown until inspected"}
+
+
+def test_plan_says_what_is_stored_when_the_data_are_built_in(tmp_path: Path, spec_file: Path) -> None:
+    first = worker(tmp_path, "plan", str(spec_file), "--json")
+    assert first.returncode == 0, first.stderr
+    builds = json.loads(first.stdout.splitlines()[-1])["builds"]
+    assert {each["state"] for each in builds} == {"to build"} and "unknown" not in first.stderr
+    key = builds[0]["key"]
+    Storage(str(tmp_path / "storage")).put(result_path(key), b"{}")
+    second = worker(tmp_path, "plan", str(spec_file), "--storage", str(tmp_path / "storage"), "--json")
+    states = {each["key"]: each["state"] for each in json.loads(second.stdout.splitlines()[-1])["builds"]}
+    assert states.pop(key) == "cached" and set(states.values()) == {"to build"}
 
 
 def test_plan_knows_the_keys_when_it_inspects(tmp_path: Path, spec_file: Path) -> None:
@@ -66,7 +79,7 @@ def test_plan_imports_neither_torch_nor_ray_nor_mlflow(tmp_path: Path, spec_file
         "print(sorted({'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "plan", str(spec_file), "--storage", str(tmp_path / "s")],
+        [sys.executable, "-c", code, "plan", str(spec_file), "--no-inspect", "--storage", str(tmp_path / "s")],
         capture_output=True,
         text=True,
         timeout=60,
