@@ -222,9 +222,11 @@ class _Run:
             raise LimitError.of(
                 "limits.wall_seconds", None, "over before the first step of the distillation", "Allow more."
             )
+        # Before the images are brought into their range, and without the grid: what goes on from here is to end as if it had
+        # never been cut.
+        yield from self.save()
         task.end_here()
         yield from self._picture()
-        yield from self.save()
         yield Notice(f"the wall time is over: the distillation ends at step {task.step} of {task.total}")
         return cut_key(key, task.step)
 

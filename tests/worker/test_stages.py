@@ -141,6 +141,39 @@ def test_stopped_distillation_ends_with_the_same_bits(job_of: JobOf, storage: St
     assert [event.step for event in later if isinstance(event, Picture)] == [45, 60]
 
 
+def test_checkpoint_of_a_cut_distillation_leads_another_job_to_the_very_set_of_an_undisturbed_one(
+    job_of: JobOf, storage: Storage, finish: Finish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut where a window opens, so that psi climbs next: on images as the last step left them."""
+    undisturbed, cut, other = (job_of(attempt) for attempt in (1, 2, 3))
+    teachers = [finish(undisturbed.teacher(index))[0] for index in range(2)]
+    method = undisturbed.spec.method.model_copy(update={"image_lr": 0.05})
+    for job in (undisturbed, cut, other):
+        job.spec = job.spec.model_copy(update={"method": method})
+    whole, _ = finish(undisturbed.distill(teachers))
+    storage.delete([path for path in storage.list("results") if storage.get_record(path, StageResult) == whole])
+    looks = list[None]()
+
+    def over(site: Site) -> bool:
+        looks.append(None)
+        return site.deadline is not None and len(looks) > 24
+
+    monkeypatch.setattr(Site, "time_is_over", over)
+    cut.site = replace(cut.site, deadline=time.time() + 1000.0, wall_seconds=1000.0)
+    short, _ = finish(cut.distill(teachers))
+    assert short.figures["steps"] == 21 and 21 % method.reuse == 0
+    images = read_synthetic(storage, short).images
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    assert "grids/00000021.png" in {file.name for file in short.files}
+    other.site = replace(other.site, job_id="other")
+    resumed, events = finish(other.distill(teachers))
+    assert Notice("the distillation goes on from step 21 of job job") in events
+    expected, found = ({file.name: file.sha256 for file in each.files} for each in (whole, resumed))
+    # The history alone says that there was a cut.
+    assert expected.pop(HISTORY_FILE) and found.pop(HISTORY_FILE)
+    assert found == expected
+
+
 @pytest.mark.parametrize("seconds", [None, 60.0])
 def test_distillation_says_that_it_compiles_before_it_does(
     job_of: JobOf, finish: Finish, monkeypatch: pytest.MonkeyPatch, seconds: float | None
