@@ -34,7 +34,19 @@ TORCH_FREE = frozenset(
 )
 """Modules of ncfm_core that the service may use."""
 LIGHT = frozenset(
-    {"plan", "storage", "records", "logs", "redaction", "locations", "buckets", "settings", "spec_file", "__init__"}
+    {
+        "plan",
+        "storage",
+        "records",
+        "resuming",
+        "logs",
+        "redaction",
+        "locations",
+        "buckets",
+        "settings",
+        "spec_file",
+        "__init__",
+    }
 )
 """Modules of worker that the service may use."""
 

@@ -36,7 +36,7 @@ class Building:
         torch.set_num_threads(site.threads)
         if site.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        self.environment = describe(site.device, site.threads, site.code_version)
+        self.environment = describe(site.device, site.threads, site.code_version) | site.conditions
 
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(

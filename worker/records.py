@@ -115,7 +115,7 @@ class StageResult(Record):
     seconds: float
     """Time it took to build."""
     environment: dict[str, JsonValue]
-    """Device, threads, versions, commit: recorded, never part of the key."""
+    """Device, threads, memory limit (MiB), versions, commit: recorded, never part of the key."""
 
 
 class CheckpointRecord(Record):
@@ -126,7 +126,7 @@ class CheckpointRecord(Record):
     step: int
     file: FileRecord
     environment: dict[str, JsonValue]
-    """Threads, precision, block size: kept on resume."""
+    """As that of a result; threads are kept on resume, and other jobs go on from it only under the same conditions."""
 
 
 class AttemptStatus(Record):

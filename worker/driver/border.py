@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from pathlib import PurePosixPath
 
 from ncfm_core.errors import (
     DatasetError,
@@ -24,7 +23,8 @@ from worker.driver.board import Board, StatusWriter
 from worker.driver.live import CLOSE_WAIT_S, RUN_STATUS, Tracker
 from worker.driver.log import DriverLog
 from worker.driver.reporter import Reporter
-from worker.records import AttemptResult, ErrorRecord, attempt_path, checkpoint_root, now, resumable_path, spec_path
+from worker.records import AttemptResult, ErrorRecord, attempt_path, checkpoint_root, now, spec_path
+from worker.resuming import marks_of
 from worker.settings import Surroundings
 from worker.stopping import StopWatch
 from worker.storage import Storage
@@ -81,8 +81,7 @@ def _drop_checkpoints(storage: Storage, job_id: str) -> None:
     """What every attempt left to go on from: nothing will."""
     try:
         paths = storage.list(checkpoint_root(job_id))
-        marks = {resumable_path(PurePosixPath(path).parts[2], job_id) for path in paths}
-        storage.delete([*paths, *sorted(marks)])
+        storage.delete([*paths, *marks_of(job_id, paths)])
     except StorageError as error:
         log.warning("checkpoints are left behind: %s", error)
 
