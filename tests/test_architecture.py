@@ -120,6 +120,14 @@ def test_only_tracking_imports_mlflow_and_only_tasks_and_search_import_ray() -> 
         assert "ray" not in found or path.name in ("tasks.py", "search.py"), path
 
 
+def test_only_data_sets_know_of_pickles() -> None:
+    for package in PACKAGES:
+        for path in sources(package):
+            found = imports(path)
+            knows = any({"pickle", "cloudpickle", "dill", "joblib"} & set(name.split(".")) for name in found)
+            assert not knows or path.parent.name == "datasets", path
+
+
 def test_service_uses_light_modules_alone() -> None:
     for path in sources("service"):
         found = imports(path, top_level_only=True)

@@ -192,7 +192,8 @@ def _show(headline: dict[str, JsonValue]) -> None:
     for name in ("distilled", "random_real", "herding", "k_center", "full"):
         figures = headline.get(name)
         if isinstance(figures, dict):
-            _tell(f"{name.replace('_', ' '):12} {figures['mean']:.1f} +- {figures['std']:.1f} %  (n={figures['n']})")
+            spread = "" if figures["std"] is None else f" +- {figures['std']:.1f}"
+            _tell(f"{name.replace('_', ' '):12} {figures['mean']:.1f}{spread} %  (n={figures['n']})")
     if isinstance(score := headline["label_robust_score"], float):
         _tell(f"{'label-robust score':12} {score:.3f}")
     for name in ("set_path", "preview", "mlflow_url"):

@@ -100,7 +100,7 @@ def accuracy_of(evaluation: Evaluation) -> Accuracy:
     last, best = evaluation.last, evaluation.best
     return Accuracy(
         mean=statistics.fmean(last),
-        std=statistics.stdev(last) if len(last) > 1 else 0.0,
+        std=statistics.stdev(last) if len(last) > 1 else None,
         n=len(last),
         best_mean=statistics.fmean(best),
         values=last,

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import secrets
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, field_validator, model_validator
 
 from worker.redaction import redact
 
@@ -61,14 +61,20 @@ class Accuracy(Record):
 
     mean: float
     """Of the last epochs."""
-    std: float
-    """Over students, ddof 1; 0 for one student."""
+    std: float | None
+    """Over students, ddof 1; None for one student, who has none."""
     n: int
     """Students."""
     best_mean: float
     """Of each student's best look at the test set: kept apart, never the headline."""
     values: tuple[float, ...]
     """Last-epoch accuracy of each student."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_student_has_none(cls, values: Any) -> Any:
+        """Results from before that was said have a 0 there."""
+        return values | {"std": None} if isinstance(values, dict) and values.get("n") == 1 else values
 
 
 class Figures(Record):
