@@ -117,7 +117,7 @@ class StageResult(Record):
     created_at: datetime
     files: tuple[FileRecord, ...]
     figures: dict[str, JsonValue]
-    """What the stage found, as plain values (accuracies, digest, last losses)."""
+    """What the stage found, as plain values (accuracies, last losses), and how it was computed (compiled, pieces, halvings)."""
     seconds: float
     """Time it took to build."""
     environment: dict[str, JsonValue]

@@ -235,6 +235,8 @@ def test_stages_that_the_compiler_fails_go_on_eager_and_say_so_once(
     (notice,) = [event for event in events if isinstance(event, Notice) and failed in event.message]
     assert notice.message.startswith("the distillation runs eager, ")
     assert content(storage, result) == eager
+    for each in (*teachers, result):
+        assert not each.figures["compiled"] and each.figures["compile_error"] == "RuntimeError: no such header"
 
 
 def test_checkpoints_are_gone_once_the_result_is_there(job_of: JobOf, storage: Storage, finish: Finish) -> None:
@@ -310,6 +312,17 @@ def test_accuracy_counts_the_last_epoch_of_each_student(job_of: JobOf, finish: F
     assert accuracy.mean == pytest.approx(sum(last) / 2)
     assert accuracy.std == pytest.approx(abs(last[0] - last[1]) / 2**0.5)
     assert accuracy.best_mean >= accuracy.mean
+
+
+def test_result_says_how_it_was_computed(job_of: JobOf, finish: Finish) -> None:
+    job = job_of(1)
+    teachers = [finish(job.teacher(index))[0] for index in range(2)]
+    distilled, _ = finish(job.distill(teachers))
+    evaluated, _ = judged_by(finish, job, job.spec.evaluate[0], kind="random_real")
+    for result in (*teachers, distilled, evaluated):
+        assert (result.figures["compiled"], result.figures["halvings"]) == (False, 0)
+        assert "compile_error" not in result.figures
+    assert distilled.figures["execution"] == {"chunk": 4096, "block": 10, "recompute": False}
 
 
 def judged_by(
