@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,9 @@ def judged(dataset: Dataset, spec: JobSpec, images: torch.Tensor, labels: torch.
 
 
 def judgement(dataset: Dataset, spec: JobSpec, task: Distillation) -> dict[str, Any]:
-    """Of the images as they are now; the task may go on afterwards."""
-    task.end_here()
-    accuracies = judged(dataset, spec, *task.result().decode())
+    """Of the images as they would be published now; the task, which may go on afterwards, stays as it is."""
+    synthetic = task.result()
+    accuracies = judged(dataset, spec, *replace(synthetic, images=synthetic.images.clamp(0, 1)).decode())
     return {"step": task.step, "accuracy": statistics.fmean(accuracies), "students": accuracies}
 
 

@@ -114,7 +114,7 @@ class Distillation:
             self._dataset, ipc=ipc, factor=method.factor, init=method.init, draw=generator(seed, "distill/init")
         )
         """The set as it is now: images, float32 of shape (C * ipc, channels, H, W), which a step may leave outside [0, 1] until
-        the next one begins (`end_here`), and labels, int64 of shape (C * ipc,)."""
+        the next one updates them (`end_here`), and labels, int64 of shape (C * ipc,)."""
         self.synthetic.images.requires_grad_(True)
         self._optimizer = torch.optim.AdamW(
             [self.synthetic.images], lr=method.image_lr, weight_decay=method.image_weight_decay
@@ -187,7 +187,8 @@ class Distillation:
                 return
 
     def end_here(self) -> None:
-        """Bring the images into [0, 1], as the last step does; a run that goes on from here has the same bits."""
+        """Bring the images into [0, 1], as the last step does: an end. Save before it what is to go on with the same bits, as
+        psi climbs on images as the step before left them."""
         with torch.no_grad():
             self.synthetic.images.clamp_(0, 1)
 

@@ -37,7 +37,7 @@ class Evaluation:
     """How often a batch was cut in smaller pieces for want of memory; the bits are then no longer those of another run."""
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - the one call that judges, for the worker, the benchmark and the examples.
     images: Tensor | Images,
     labels: Tensor,
     dataset: Dataset,
@@ -52,6 +52,7 @@ def evaluate(
     at_once: int | None = None,
     first: int = 0,
     compiled: bool | None = None,
+    may_fall_back: bool | None = None,
     field: str = "evaluate.training",
 ) -> Generator[Progress, None, Evaluation]:
     """Train fresh students on labelled images and test each.
@@ -69,8 +70,8 @@ def evaluate(
         targets: teacher logits of the images, float32 of shape (N, classes); for losses that compare with them.
         at_once: students in one step; None for what is fast here (`cohort.students_at_once`).
         first: index of the first of them, so that a seed's students can be trained in several calls.
-        compiled: whether students that are trained one by one go through `torch.compile`; None where it pays for all of them, and
-            eager after all where the compiler then fails at a first step.
+        compiled: whether students that are trained one by one go through `torch.compile`; None where it pays for all of them.
+        may_fall_back: whether they are eager after all where the compiler fails at a first step; None if `compiled` is.
         field: where the recipe stands in a submission, for errors.
 
     Yields:
@@ -94,11 +95,11 @@ def evaluate(
         batches = Batches(images, labels, dataset, spec=training, targets=targets)
         fresh = _student(first, model, dataset, seed)
         at_once = students_at_once(fresh, batches) if at_once is None else at_once
-        asked = compiled
+        may_fall_back = compiled is None if may_fall_back is None else may_fall_back
         compiled = at_once == 1 and to_compile(fresh, batches, compiled, trainings=students)
     last: list[float] = []
     best: list[float] = []
-    halvings, may_fall_back, compile_error = 0, asked is None, ""
+    halvings, compile_error = 0, ""
     alone = partial(
         Training,
         images=images,

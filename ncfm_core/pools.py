@@ -45,6 +45,7 @@ class TeacherTraining:
         device: torch.device,
         compiled: bool | None = None,
         seconds: float | None = None,
+        may_fall_back: bool | None = None,
     ) -> None:
         """
         Args:
@@ -56,6 +57,7 @@ class TeacherTraining:
             device: where to train.
             compiled: whether it goes through `torch.compile`; None where it pays.
             seconds: that are left for it, for that choice; None for as many as it takes.
+            may_fall_back: whether it is eager after all where the compiler fails at the first step; None if `compiled` is.
 
         Raises:
             SpecError: images are too small for the network, or the recipe's loss compares with teacher logits.
@@ -80,6 +82,7 @@ class TeacherTraining:
             stream=stream,
             compiled=compiled,
             seconds=seconds,
+            may_fall_back=may_fall_back,
             field="teachers.training",
         )
 

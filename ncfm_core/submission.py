@@ -184,7 +184,7 @@ def _spec_error(error: ValidationError, *above: str) -> SpecError:
     details = error.errors(include_url=False)
     # A list with a bad entry is also reported as too short: only the entry is news.
     cause = [each for each in details if each["type"] != "too_short" or len(details) == 1]
-    return SpecError(*(_problem(each | {"loc": (*above, *each["loc"])}) for each in cause))
+    return SpecError(*(problem_of(each | {"loc": (*above, *each["loc"])}) for each in cause))
 
 
 def check_counts(spec: JobSpec, class_counts: Sequence[int]) -> None:
@@ -286,7 +286,7 @@ def _depth(value: object) -> int:
     return deepest
 
 
-def _problem(details: Any) -> Problem:
+def problem_of(details: Any) -> Problem:
     """A validation error of pydantic in our words."""
     location = [
         part for part in details["loc"] if isinstance(part, int) or (part.replace("_", "").isalpha() and part.islower())

@@ -21,7 +21,8 @@ class Accuracy(Reply):
     """Test accuracy in percent over fresh students, last epoch."""
 
     mean: float
-    std: float
+    std: float | None = None
+    """Over students; None for one."""
     n: int
 
 

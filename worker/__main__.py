@@ -16,13 +16,14 @@ from typing import NoReturn
 from pydantic import JsonValue, ValidationError
 
 from ncfm_core.errors import DamagedError, NcfmError, Problem, ResourcesError, SpecError, StorageError
+from ncfm_core.spec import ResourcesSpec
+from ncfm_core.submission import problem_of
 from worker.records import EXIT_USER_ERROR, now
 from worker.settings import Surroundings, prepare_own_ray, ray_address
 from worker.spec_file import load_spec
 from worker.storage import Storage
 
 RUN_STATUSES = ("FINISHED", "FAILED", "KILLED")
-MAX_GPUS = 64
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """It becomes part of paths in the storage root."""
 
@@ -174,8 +175,12 @@ def _publish(options: argparse.Namespace, surroundings: Surroundings) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     gpus = getattr(options, "gpus", None)
-    if gpus is not None and not 0 <= gpus <= MAX_GPUS:
-        raise SpecError.of("--gpus", gpus, f"must be 0 to {MAX_GPUS}", "")
+    if gpus is not None:
+        try:
+            ResourcesSpec(gpus=gpus, cpus=1, memory_limit=None)
+        except ValidationError as error:
+            problem = problem_of(error.errors()[-1])
+            raise SpecError.of("--gpus", gpus, problem.message, problem.hint) from None
     if options.attempt < 1:
         raise SpecError.of("--attempt", options.attempt, "must be at least 1", "")
     if options.job_id is not None and not JOB_ID.fullmatch(options.job_id):
@@ -199,7 +204,8 @@ def _show(headline: dict[str, JsonValue]) -> None:
     for name in ("distilled", "random_real", "herding", "k_center", "full"):
         figures = headline.get(name)
         if isinstance(figures, dict):
-            _tell(f"{name.replace('_', ' '):12} {figures['mean']:.1f} +- {figures['std']:.1f} %  (n={figures['n']})")
+            spread = "" if figures["std"] is None else f" +- {figures['std']:.1f}"
+            _tell(f"{name.replace('_', ' '):12} {figures['mean']:.1f}{spread} %  (n={figures['n']})")
     if isinstance(score := headline["label_robust_score"], float):
         _tell(f"{'label-robust score':12} {score:.3f}")
     for name in ("set_path", "preview", "mlflow_url"):

@@ -36,7 +36,7 @@ class Building:
         torch.set_num_threads(site.threads)
         if site.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        self.environment = describe(site.device, site.threads, site.code_version)
+        self.environment = describe(site.device, site.threads, site.code_version) | site.conditions
 
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(
@@ -89,6 +89,18 @@ class Building:
             return self._storage.commit(result)
 
         return (yield from when_there_is_room(write, f"the result of {stage}"))
+
+
+def way(*, compiled: bool, compile_error: str, halvings: int) -> dict[str, JsonValue]:
+    """How networks went through their steps, for the figures: no part of a key, as it moves the last bits at most.
+
+    Args:
+        compiled: whether through `torch.compile`.
+        compile_error: why not although they were to; empty where that is not so.
+        halvings: how often memory ran out, so that pieces were halved.
+    """
+    error: dict[str, JsonValue] = {"compile_error": compile_error} if compile_error else {}
+    return {"compiled": compiled, "halvings": halvings, **error}
 
 
 def read_result_file(storage: Storage, result: StageResult, name: str) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -23,7 +23,8 @@ from ncfm_core.errors import CheckpointError, StorageError, StorageFullError
 from ncfm_core.spec import CheckpointSpec
 from worker.history import History, Kept, Picture, Trouble, read_history
 from worker.patience import TOPIC
-from worker.records import CheckpointRecord, FileRecord, checkpoint_folder, resumable_folder, resumable_path
+from worker.records import CheckpointRecord, FileRecord, checkpoint_folder, resumable_path
+from worker.resuming import checkpoint_paths, left_by_others
 from worker.storage import Storage
 
 KEPT = 2
@@ -83,47 +84,38 @@ class Checkpoints:
     def newest(self) -> Saved | None:
         """The newest checkpoint of any attempt that is whole; a damaged one is passed over for the one before it.
 
-        Where this job has none, that of any other job under the same key, which has the same bits, from the same kind of device:
-        what fits a GPU at once would not fit a CPU.
+        Where this job has none, that of any other job under the same key that was made in the same way (`left_by_others`).
         """
-        own = self._records([self._job_id])
+        own = checkpoint_paths(self._storage, self._key, [self._job_id])
         # A damaged one counts too: whoever comes this far a second time has only caught up.
         self._furthest = max((step for step, *_ in own), default=0)
-        saved = self._newest(own)
-        if saved is None:
-            marked = [PurePosixPath(mark).name for mark in self._storage.list(resumable_folder(self._key))]
-            saved = self._newest(self._records([job for job in marked if job != self._job_id]))
+        saved = self._own_newest(own) or self._newest_of_others()
         if saved is not None:
             self._step, self._saved_at = saved.step, time.monotonic()
             self._furthest = max(self._furthest, saved.step)
         return saved
 
-    def _records(self, job_ids: Sequence[str]) -> list[tuple[int, str, str]]:
-        """Step, path and job of each checkpoint of some jobs."""
-        return [
-            (_step_of(path), path, job_id)
-            for job_id in job_ids
-            for path in self._storage.list(checkpoint_folder(job_id, self._key))
-            if path.endswith(".json")
-        ]
-
-    def _newest(self, records: list[tuple[int, str, str]]) -> Saved | None:
-        """The newest of some that is whole."""
-        for _, path, job_id in sorted(records, reverse=True):
-            is_own = job_id == self._job_id
-            try:
+    def _own_newest(self, paths: list[tuple[int, str, str]]) -> Saved | None:
+        for _, path, _ in paths:
+            with suppress(StorageError):
                 record = self._storage.get_record(path, CheckpointRecord)
-                if record is None or record.key != self._key or not (is_own or self._is_of_this_device(record)):
-                    continue
-                saved = _decode(record, self._storage.read_file(record.file))
-            except (StorageError, CheckpointError):
-                continue
-            return saved if is_own else replace(saved, job_id=job_id)
+                if record is not None and record.key == self._key and (saved := self._read(record)) is not None:
+                    return saved
         return None
 
-    def _is_of_this_device(self, record: CheckpointRecord) -> bool:
-        here, there = (str(each.get("device")).partition(":")[0] for each in (self.environment, record.environment))
-        return here == there
+    def _newest_of_others(self) -> Saved | None:
+        others = left_by_others(self._storage, self._key, job_id=self._job_id, environment=self.environment)
+        for job_id, record in others:
+            if (saved := self._read(record)) is not None:
+                return replace(saved, job_id=job_id)
+        return None
+
+    def _read(self, record: CheckpointRecord) -> Saved | None:
+        """A checkpoint; None for one that is not whole."""
+        try:
+            return _decode(record, self._storage.read_file(record.file))
+        except (StorageError, CheckpointError):
+            return None
 
     def keep(
         self, step: int, state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...] = ()
@@ -185,10 +177,6 @@ class Checkpoints:
         for step in steps[: len(steps) - kept]:
             # The record first: a checkpoint without one does not exist for a reader.
             self._storage.delete([f"{self._own}/{step}.json", f"{self._own}/{step}.safetensors"])
-
-
-def _step_of(path: str) -> int:
-    return int(PurePosixPath(path).stem)
 
 
 def _encode(state: dict[str, torch.Tensor], history: History, pictures: tuple[Picture, ...]) -> bytes:

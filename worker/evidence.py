@@ -113,7 +113,7 @@ class Evidence:
     def document(self, spec: JobSpec) -> bytes:
         """`evaluation.json`."""
         value = {
-            "unit": "percent of the test images, at the last epoch; std over students (ddof 1)",
+            "unit": "percent of the test images, at the last epoch; std over students (ddof 1), null for one",
             "label_robust_score": SCORE_NOTE,
             "dataset": spec.dataset.name,
             "ipc": spec.ipc,
@@ -195,4 +195,6 @@ def shortened_in_words(shortened: Shortened) -> str:
 
 
 def in_words(accuracy: Accuracy) -> str:
-    return f"{accuracy.mean:.1f} +- {accuracy.std:.1f} % (n={accuracy.n})"
+    """Such as `87.0 +- 0.5 % (n=5)`; one student has no spread."""
+    spread = "" if accuracy.std is None else f" +- {accuracy.std:.1f}"
+    return f"{accuracy.mean:.1f}{spread} % (n={accuracy.n})"

@@ -15,7 +15,7 @@ from ncfm_core.evaluate import Evaluation, choose_rate, evaluate
 from ncfm_core.progress import Progress
 from ncfm_core.protocols import RATE_FRACTION
 from ncfm_core.spec import EvaluationSpec
-from worker.building import Building
+from worker.building import Building, way
 from worker.history import Event, History, Notice, Stage
 from worker.records import Accuracy
 from worker.site import Site
@@ -92,7 +92,9 @@ def commit(building: Building, students: Generator[Progress, None, Evaluation], 
         yield Notice(
             f"memory ran out {found.halvings} times: students went on in smaller pieces; the last bits are their own"
         )
-    return (yield from building.commit({}, {"accuracy": accuracy_of(found).model_dump(mode="json"), **figures}))
+    accuracy = accuracy_of(found).model_dump(mode="json")
+    done = way(compiled=found.compiled, compile_error=found.compile_error, halvings=found.halvings)
+    return (yield from building.commit({}, {"accuracy": accuracy, **done, **figures}))
 
 
 def accuracy_of(evaluation: Evaluation) -> Accuracy:
@@ -100,7 +102,7 @@ def accuracy_of(evaluation: Evaluation) -> Accuracy:
     last, best = evaluation.last, evaluation.best
     return Accuracy(
         mean=statistics.fmean(last),
-        std=statistics.stdev(last) if len(last) > 1 else 0.0,
+        std=statistics.stdev(last) if len(last) > 1 else None,
         n=len(last),
         best_mean=statistics.fmean(best),
         values=last,

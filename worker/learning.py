@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict
 
 import safetensors.torch
 import torch
@@ -20,7 +21,7 @@ from ncfm_core.pools import TeacherTraining
 from ncfm_core.progress import Progress
 from ncfm_core.spec import ModelSpec, NcfmSpec, TrainingSpec
 from ncfm_core.synthetic import to_state
-from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool
+from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool, way
 from worker.checkpoints import Checkpoints
 from worker.export import png
 from worker.history import Event, History, Notice, Picture, Stage
@@ -87,7 +88,8 @@ def teacher(
         yield Notice(
             f"memory ran out {task.halvings} times: teacher {index} went on in smaller pieces; the last bits are its own"
         )
-    figures: dict[str, JsonValue] = {"accuracy": task.accuracy(), "steps": task.total}
+    done = way(compiled=task.compiled, compile_error=task.compile_error, halvings=task.halvings)
+    figures: dict[str, JsonValue] = {"accuracy": task.accuracy(), "steps": task.total, **done}
     result = yield from building.commit({WEIGHTS_FILE: safetensors.torch.save(task.result())}, figures)
     yield from _cleared(checkpoints)
     return result
@@ -148,7 +150,9 @@ def distill(
         "steps_per_second": (task.step - first_step) / seconds,
         "images_per_second": (task.step - first_step) * len(task.synthetic.labels) / seconds,
     }
-    figures = {"steps": task.step, "halvings": task.halvings, **_last(building.history), **rates, **shortened}
+    execution = asdict(task.execution)
+    done = way(compiled=execution.pop("compiled"), compile_error=task.compile_error, halvings=task.halvings)
+    figures = {"steps": task.step, "execution": execution, **done, **_last(building.history), **rates, **shortened}
     result = yield from building.commit(run.files(), figures, key=key)
     if not shortened:
         yield from _cleared(run.checkpoints)
@@ -222,9 +226,11 @@ class _Run:
             raise LimitError.of(
                 "limits.wall_seconds", None, "over before the first step of the distillation", "Allow more."
             )
+        # Before the images are brought into their range, and without the grid: what goes on from here is to end as if it had
+        # never been cut.
+        yield from self.save()
         task.end_here()
         yield from self._picture()
-        yield from self.save()
         yield Notice(f"the wall time is over: the distillation ends at step {task.step} of {task.total}")
         return cut_key(key, task.step)
 

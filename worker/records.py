@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import secrets
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, field_validator, model_validator
 
 from worker.redaction import redact
 
@@ -61,14 +61,20 @@ class Accuracy(Record):
 
     mean: float
     """Of the last epochs."""
-    std: float
-    """Over students, ddof 1; 0 for one student."""
+    std: float | None
+    """Over students, ddof 1; None for one student, who has none."""
     n: int
     """Students."""
     best_mean: float
     """Of each student's best look at the test set: kept apart, never the headline."""
     values: tuple[float, ...]
     """Last-epoch accuracy of each student."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_student_has_none(cls, values: Any) -> Any:
+        """Results from before that was said have a 0 there."""
+        return values | {"std": None} if isinstance(values, dict) and values.get("n") == 1 else values
 
 
 class Figures(Record):
@@ -111,11 +117,11 @@ class StageResult(Record):
     created_at: datetime
     files: tuple[FileRecord, ...]
     figures: dict[str, JsonValue]
-    """What the stage found, as plain values (accuracies, digest, last losses)."""
+    """What the stage found, as plain values (accuracies, last losses), and how it was computed (compiled, pieces, halvings)."""
     seconds: float
     """Time it took to build."""
     environment: dict[str, JsonValue]
-    """Device, threads, versions, commit: recorded, never part of the key."""
+    """Device, threads, memory limit (MiB), versions, commit: recorded, never part of the key."""
 
 
 class CheckpointRecord(Record):
@@ -126,7 +132,7 @@ class CheckpointRecord(Record):
     step: int
     file: FileRecord
     environment: dict[str, JsonValue]
-    """Threads, precision, block size: kept on resume."""
+    """As that of a result; threads are kept on resume, and other jobs go on from it only under the same conditions."""
 
 
 class AttemptStatus(Record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import statistics
 import tempfile
 import time
@@ -12,10 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
-import ray.cloudpickle
 import yaml
 from ray import tune
-from ray.exceptions import RayTaskError
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
@@ -44,6 +43,12 @@ from worker.trials import (
 
 REDUCTION_FACTOR = 2
 """ASHA keeps the better half at each rung."""
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_FAILURE = re.compile(r"^Failure # \d+ \(occurred at .*\)$", re.MULTILINE)
+"""Above the text of each failure of a trial, in Tune's file of them."""
+_TRACE = re.compile(r"^\S+\(\) \(pid=\d+, ip=.*\)$", re.MULTILINE)
+"""Above the frames of an error that was raised in a process of the cluster."""
+_DIED = "The actor died"
 MAX_FAILURES = 2
 """Times that one trial is begun again after it failed or was lost."""
 
@@ -174,12 +179,10 @@ class _Collector(tune.Callback):
         self._trial(trial).rows.clear()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        entry, error = self._trial(trial), _error_of(trial)
-        # What the trial itself raises comes as a RayTaskError, and anything else from where it ran.
-        entry.is_over, entry.is_lost = True, not isinstance(error, RayTaskError)
-        reason = error.cause if isinstance(error, RayTaskError) else error
-        first_line = str(reason or "").strip().partition("\n")[0]
-        entry.error = f"{type(reason).__name__}: {first_line}"[:400] if reason else "lost"
+        entry, text = self._trial(trial), _last_failure(trial)
+        raised = _raised_in(text)
+        entry.is_over, entry.is_lost = True, raised is None
+        entry.error = (raised or text.partition("\n")[0] or "lost")[:400]
 
     def on_experiment_end(self, trials: list[Any], **_: Any) -> None:
         """Those that never came to run say so too: Tune tells nobody of them."""
@@ -201,13 +204,30 @@ class _Collector(tune.Callback):
         self._report(Progress(done, self._total * self._rungs, "rung", metrics))
 
 
-def _error_of(trial: Any) -> Exception | None:
-    """The last error of a trial, from where Tune has just put it: `trial.get_error` looks where it comes to later."""
-    path = trial.pickled_error_file
+def _last_failure(trial: Any) -> str:
+    """The text of a trial's last failure, from where Tune has just put it: `trial.get_error` looks where it comes to later.
+
+    The error itself lies beside it as a pickle, which is not for us to load.
+    """
+    path = trial.error_file
     if not path or not Path(path).exists():
+        return ""
+    return _FAILURE.split(_COLOUR.sub("", Path(path).read_text(errors="replace")))[-1].strip()
+
+
+def _raised_in(text: str) -> str | None:
+    """What a trial itself raised, as `Name: first line of its message`; None for a failure of where it ran.
+
+    Ray tells the one by a trace of the process that raised it, and the other by a sentence, with a trace in it where an actor
+    could not be made.
+    """
+    traces = list(_TRACE.finditer(text))
+    if not traces or text.startswith(_DIED):
         return None
-    error: Exception = ray.cloudpickle.loads(Path(path).read_bytes())
-    return error
+    # Behind the frames of the last one: those before it are its causes.
+    lines = text[traces[-1].end() :].splitlines()
+    name, colon, message = next((line for line in lines if line and not line.startswith(" ")), "").partition(": ")
+    return name.rpartition(".")[2] + colon + message
 
 
 def _tune(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 
+from pydantic import JsonValue
+
 from ncfm_core.catalog import DatasetFacts
 from ncfm_core.spec import CheckpointSpec
 from worker.records import Record
@@ -31,6 +33,11 @@ class Site:
     @property
     def memory_limit_bytes(self) -> int | None:
         return None if self.memory_limit is None else self.memory_limit << 20
+
+    @property
+    def conditions(self) -> dict[str, JsonValue]:
+        """What a checkpoint carries on, and another job's may not (`worker.resuming`)."""
+        return {"device": self.device, "threads": self.threads, "memory_limit": self.memory_limit}
 
     def time_is_over(self) -> bool:
         """Whether the distillation has to end where it is."""

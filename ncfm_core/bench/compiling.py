@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,13 @@ class Compiled:
     teachers: bool
     students: tuple[bool, ...]
     """Of each entry of `evaluate`."""
+
+    def without(self, name: str) -> Compiled:
+        """The same, but for the teachers (`teachers`) or one entry of `evaluate` (its index), which are eager."""
+        if name == "teachers":
+            return replace(self, teachers=False)
+        students = (each and str(number) != name for number, each in enumerate(self.students))
+        return replace(self, students=tuple(students))
 
     def as_dict(self) -> Document:
         return {"teachers": self.teachers, "students": list(self.students)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from ncfm_core.bench.folder import MIB
+from ncfm_core.bench.work import Work
 from ncfm_core.errors import ResourcesError
+from ncfm_core.models import build_model
+from ncfm_core.rng import generator
 
 SLACK_BYTES = MIB // 2
 """Of the folder, for headers, the record and small tensors."""
@@ -35,6 +39,24 @@ class Content:
     """Values of psi's log-scales."""
     seeds: int
     """Synthetic sets in all."""
+
+
+def content_of(work: Work, num_seeds: int) -> Content:
+    """What a run of that many seeds has to keep."""
+    spec, dataset = work.spec, work.dataset
+    network = build_model(
+        spec.model, image_shape=dataset.image_shape, num_classes=dataset.num_classes, draw=generator(0, "unused")
+    )
+    has_psi = spec.method.sampler == "scale_mixture"
+    decoded = dataset.num_classes * spec.ipc * spec.method.factor**2
+    return Content(
+        teachers=spec.teachers.count,
+        network=sum(tensor.numel() for tensor in network.state_dict().values()),
+        images=dataset.num_classes * spec.ipc * math.prod(dataset.image_shape),
+        soft_labels=decoded * dataset.num_classes if spec.method.labels == "soft" else 0,
+        sampler=spec.method.num_components * network.num_features if has_psi else 0,
+        seeds=num_seeds,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,17 +13,15 @@ from torch import Tensor
 
 from ncfm_core.bench.compiling import choose_compiled
 from ncfm_core.bench.folder import Folder
-from ncfm_core.bench.keeping import Content, Keeping, choose_keeping, restored
+from ncfm_core.bench.keeping import Keeping, choose_keeping, content_of, restored
 from ncfm_core.bench.machine import synchronise
 from ncfm_core.bench.work import Work
 from ncfm_core.distill import Distillation
 from ncfm_core.errors import CheckpointError, SpecError
 from ncfm_core.evaluate import evaluate
-from ncfm_core.models import build_model
 from ncfm_core.pools import TeacherPool, TeacherTraining
-from ncfm_core.progress import Progress
+from ncfm_core.progress import Progress, finish
 from ncfm_core.protocols import Document
-from ncfm_core.rng import generator
 from ncfm_core.spec import digest
 from ncfm_core.synthetic import from_state, to_state
 from ncfm_core.training import part
@@ -85,6 +83,8 @@ class State:
     """By seed, for each entry of `evaluate`: `last` and `best`, one accuracy a student."""
     longest: dict[str, float] = field(default_factory=dict)
     """By entry: seconds of the longest group of students."""
+    fallen_back: list[str] = field(default_factory=list)
+    """What the compiler failed, so that it is eager from then on: `teachers`, or the index of an entry of `evaluate`."""
     going: dict[str, Any] | None = None
     """What was under way when a call ended."""
 
@@ -134,6 +134,8 @@ class Pipeline:
         self._sets = _unnested(folder.load(SETS)) if folder else {}
         self._pool: TeacherPool | None = None
         self._compiled = choose_compiled(work, self._dataset, len(self._seeds))
+        for name in self._state.fallen_back:
+            self._compiled = self._compiled.without(name)
         self._teachers_compiled = False
         self._moved = False
         self._mark = time.perf_counter()
@@ -177,7 +179,10 @@ class Pipeline:
             # The first teacher that is compiled takes its time before the first step, and the next ones find the code there.
             if not self._may_begin(None if training.compiled and not self._teachers_compiled else 0.0):
                 return self._stopped("teachers", index=index)
-            if not self._advance(training, "teachers", index=index):
+            is_done = self._advance(training, "teachers", index=index)
+            if training.compile_error:
+                self._fall_back("teachers")
+            if not is_done:
                 return False
             self._teachers_compiled |= training.compiled
             self._trained[str(index)] = self.keeping.keep_teacher(part(training.result(), "trained."))
@@ -219,7 +224,7 @@ class Pipeline:
                 if not self._may_begin(self._state.longest.get(str(number))):
                     return self._stopped("evaluate", seed=seed, entry=number, index=first)
                 started = time.perf_counter()
-                for report in evaluate(
+                steps = evaluate(
                     images,
                     labels,
                     self._dataset,
@@ -231,10 +236,14 @@ class Pipeline:
                     device=self._work.device,
                     first=first,
                     compiled=self._compiled.students[number],
+                    may_fall_back=self._work.compiled is None,
                     targets=synthetic.soft_labels if entry.training.needs_soft_labels else None,
-                ):
-                    found["last"].append(report.metrics["accuracy"])
-                    found["best"].append(report.metrics["best_accuracy"])
+                )
+                students = finish(steps)
+                found["last"] += students.last
+                found["best"] += students.best
+                if students.compile_error:
+                    self._fall_back(str(number))
                 took = time.perf_counter() - started
                 self._state.longest[str(number)] = max(took, self._state.longest.get(str(number), 0.0))
                 self._finish("evaluate", f"student {len(found['last'])}/{entry.students} of seed {seed}", {})
@@ -250,7 +259,13 @@ class Pipeline:
             index=index,
             device=self._work.device,
             compiled=self._compiled.teachers,
+            may_fall_back=self._work.compiled is None,
         )
+
+    def _fall_back(self, name: str) -> None:
+        """No more of them is compiled, in this call or a later one."""
+        self._state.fallen_back.append(name)
+        self._compiled = self._compiled.without(name)
 
     def _build_pool(self) -> TeacherPool:
         """From the trained ends as they are kept, and the initial ones, which are drawn again."""
@@ -358,24 +373,6 @@ class Pipeline:
             "best_mean": _mean(best),
             "by_seed": {str(seed): list(one["last"]) for seed, one in zip(self._seeds, judged, strict=False)},
         }
-
-
-def content_of(work: Work, num_seeds: int) -> Content:
-    """What a run of that many seeds has to keep."""
-    spec, dataset = work.spec, work.dataset
-    network = build_model(
-        spec.model, image_shape=dataset.image_shape, num_classes=dataset.num_classes, draw=generator(0, "unused")
-    )
-    has_psi = spec.method.sampler == "scale_mixture"
-    decoded = dataset.num_classes * spec.ipc * spec.method.factor**2
-    return Content(
-        teachers=spec.teachers.count,
-        network=sum(tensor.numel() for tensor in network.state_dict().values()),
-        images=dataset.num_classes * spec.ipc * math.prod(dataset.image_shape),
-        soft_labels=decoded * dataset.num_classes if spec.method.labels == "soft" else 0,
-        sampler=spec.method.num_components * network.num_features if has_psi else 0,
-        seeds=num_seeds,
-    )
 
 
 def _mean(values: Sequence[float]) -> float | None:

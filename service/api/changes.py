@@ -23,6 +23,7 @@ from service.api.submission import read_optional, read_submission
 from service.jobs import CancelRequest, Job, Reason, State, cancel_move
 from service.store import Actor, Store
 from worker.records import checkpoint_root, now
+from worker.resuming import marks_of
 
 router = APIRouter(tags=["jobs"])
 
@@ -206,4 +207,5 @@ def delete_job(job: JobDep, store: StoreDep, storage: StorageDep, caller: Caller
     _changed(store, job, change)
     # Where the storage is away, the collection of garbage finds them as those of a deleted job.
     with suppress(StorageError):
-        storage.delete(storage.list(checkpoint_root(job.id)))
+        paths = storage.list(checkpoint_root(job.id))
+        storage.delete([*paths, *marks_of(job.id, paths)])

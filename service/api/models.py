@@ -164,7 +164,8 @@ class Mean(Body):
     """Test accuracy in percent over fresh students, of the last epoch."""
 
     mean: float
-    std: float
+    std: float | None
+    """Over students, ddof 1; null for one student."""
     n: int
 
 

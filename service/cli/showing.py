@@ -59,7 +59,8 @@ def accuracy_table(job: Job) -> Table:
     for name, title in rows.items():
         figure = getattr(job.result, name)
         if figure is not None:
-            table.add_row(title, f"{figure.mean:.1f} +- {figure.std:.1f}", str(figure.n))
+            spread = "" if figure.std is None else f" +- {figure.std:.1f}"
+            table.add_row(title, f"{figure.mean:.1f}{spread}", str(figure.n))
     if job.result is not None and job.result.label_robust_score is not None:
         table.caption = f"label-robust score (DD-Ranking): {job.result.label_robust_score:.3f}"
     return table

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ncfm_core.bench import step
 from ncfm_core.bench.__main__ import main
 from ncfm_core.bench.folder import MIB, Folder
-from ncfm_core.bench.keeping import CHOICES, SLACK_BYTES
+from ncfm_core.bench.keeping import CHOICES, SLACK_BYTES, content_of
 from ncfm_core.bench.parts import OTHER, PARTS, shares
-from ncfm_core.bench.pipeline import GOING, SETS, TEACHERS, Pipeline, content_of
+from ncfm_core.bench.pipeline import GOING, SETS, TEACHERS, Pipeline
 from ncfm_core.bench.step import bench_step, grouping, image_forwards
 from ncfm_core.bench.work import RELEASED, Work, prepare
 from ncfm_core.datasets import Dataset

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
+from torch._inductor.exc import CppCompileError
 
 from ncfm_core import execution
 from ncfm_core.batches import Batches
@@ -14,6 +17,7 @@ from ncfm_core.bench.compiling import Compiled, choose_compiled
 from ncfm_core.bench.folder import Folder
 from ncfm_core.bench.pipeline import Deadline, Pipeline
 from ncfm_core.bench.work import Work, prepare
+from ncfm_core.errors import ResourcesError
 from ncfm_core.evaluate import _student
 from ncfm_core.pools import TeacherTraining
 from ncfm_core.training import operations_of
@@ -113,3 +117,55 @@ def test_only_the_first_compiled_teacher_of_a_call_needs_its_first_half(
     between = [expected for expected in asked if expected is None]
     assert len(between) == 1 and asked[0] is None
     assert pipeline.document()["compiled"] == {"teachers": True, "students": [True]}
+
+
+class Broken:
+    """Stands for `compiled_form`: the compiler is there, and fails at every real shape."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+
+    def __call__(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            self.failed += 1
+            raise CppCompileError(["g++"], "no such header")
+
+        return run
+
+
+def test_pipeline_that_nobody_asked_to_compile_goes_on_eager_where_that_fails_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(execution.COMPILE_OPERATIONS, "cpu", 1)
+    broken, work = Broken(), digits(teachers=2, students=2)
+    for module in ("training", "distill"):
+        monkeypatch.setattr(f"ncfm_core.{module}.compiled_form", broken)
+
+    def call(seconds: float | None) -> Pipeline:
+        clock = Deadline(seconds, started=0.0)
+        folder = Folder(tmp_path)
+        return Pipeline(work, seeds=(0,), clock=clock, say=list[str]().append, folder=folder, folder_bytes=64 << 20)
+
+    pipeline = call(1e-9)
+    # It has time for a step alone, and the teacher that is under way is eager already.
+    assert not pipeline.run()
+    assert pipeline.document()["compiled"] == {"teachers": False, "students": [True]}
+    pipeline = call(None)
+    assert pipeline.run()
+    assert broken.failed == 3, "once for all teachers, once for the set, once for all students"
+    document = pipeline.document()
+    assert document["compiled"] == {"teachers": False, "students": [False]}
+    monkeypatch.undo()
+    monkeypatch.setattr(execution, "compiler_works", lambda kind: False)
+    eager = Pipeline(work, seeds=(0,), clock=Deadline(None, started=0.0), say=list[str]().append, group=1)
+    assert eager.run()
+    for name in ("teacher_accuracy", "evaluations"):
+        assert document[name] == eager.document()[name]
+
+
+def test_pipeline_that_was_asked_to_compile_tells_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ncfm_core.training.compiled_form", Broken())
+    work = digits(teachers=1, compiled=True)
+    pipeline = Pipeline(work, seeds=(0,), clock=Deadline(None, started=0.0), say=list[str]().append)
+    with pytest.raises(ResourcesError, match=r"torch\.compile: failed"):
+        pipeline.run()

@@ -162,11 +162,12 @@ def test_pause_ends_a_run_after_that_step_and_costs_no_bits(digits: Dataset, poo
     paused = distillation(digits, pool, spec.method)
     reports = list(paused.run(pause=lambda: paused.step >= 7))
     assert (paused.step, reports[-1].completed) == (7, 7)
+    state = paused.state()
     paused.end_here()
     images = paused.synthetic.images.detach()
     assert 0 <= float(images.min()) <= float(images.max()) <= 1
     resumed = distillation(digits, pool, spec.method)
-    resumed.load_state(paused.state())
+    resumed.load_state(state)
     for _ in resumed.run():
         pass
     assert torch.equal(resumed.result().images, whole.result().images)

@@ -182,8 +182,10 @@ def test_delete_removes_the_checkpoints_at_once(
     for job_id in ids:
         client.post(f"/jobs/{job_id}/cancel", json={"checkpoint": True})
         api_storage.put(f"checkpoints/{job_id}/abc/1/0000000005.json", b"{}")
+        api_storage.put(f"resumable/abc/{job_id}", b"\n")
     assert client.delete(f"/jobs/{ids[0]}").status_code == 204
     assert [api_storage.list(f"checkpoints/{job_id}") != [] for job_id in ids] == [False, True]
+    assert api_storage.list("resumable") == [f"resumable/abc/{ids[1]}"]
 
     def away(self: Storage, prefix: str) -> list[str]:
         raise StorageError.of("storage", prefix, "cannot be listed", "")

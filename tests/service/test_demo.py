@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from service.cli.demo import summary
 from service.cli.progress_bars import StageBars
+from service.cli.showing import accuracy_table
 from service.replies import Job
 
 FIGURE = {"mean": 87.0, "std": 0.5, "n": 10, "best_mean": 88.0, "values": [87.0]}
@@ -77,3 +78,14 @@ def test_bar_of_the_whole_job_stands_beside_those_of_its_stages() -> None:
     assert shown == {"distill": (250, 500, "250/500 steps"), "job": (42.0, 100, "42 %, about 30 s left")}
     percent = running.progress.model_copy(update={"completed": 25, "total": 100, "unit": "%"})
     assert (percent.count, percent.job_count) == ("25 %", "")
+
+
+def test_table_shows_no_spread_of_one_student() -> None:
+    done = job("succeeded", {})
+    assert done.result is not None and done.result.full is not None
+    alone = done.result.full.model_copy(update={"std": None, "n": 1})
+    done = done.model_copy(update={"result": done.result.model_copy(update={"full": alone})})
+    console = Console(file=(shown := io.StringIO()), width=120)
+    console.print(accuracy_table(done))
+    lines = shown.getvalue().splitlines()
+    assert [("+-" in line) for line in lines if "87.0" in line] == [True, True, False]

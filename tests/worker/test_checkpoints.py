@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from ncfm_core.progress import Progress
@@ -171,6 +172,19 @@ def test_one_of_another_job_counts_on_the_same_kind_of_device_alone() -> None:
     assert checkpoints(storage, device="cuda").newest() is not None
     # What a job left itself it takes as before.
     assert checkpoints(storage, job_id="A", attempt=2, device="cpu").newest() is not None
+
+
+@pytest.mark.parametrize("changes", [{"threads": 1}, {"memory_limit": 64}, {"memory_limit": None}])
+def test_one_of_another_job_counts_under_the_same_threads_and_memory_limit_alone(changes: dict[str, Any]) -> None:
+    storage = Storage("memory://")
+    here: dict[str, Any] = {"device": "cpu", "threads": 2, "memory_limit": 128}
+    checkpoints(storage, job_id="A", **here).save(10, state(10), history(10))
+    checkpoints(storage, job_id="B", **here | changes).save(30, state(30), history(30))
+    found = checkpoints(storage, **here).newest()
+    assert found is not None and str(found) == "step 10 of job A"
+    # What a job left itself it takes as before.
+    own = checkpoints(storage, job_id="A", attempt=2, **here | changes).newest()
+    assert own is not None and str(own) == "step 10"
 
 
 def test_search_for_one_reads_the_folders_of_jobs_with_the_key_alone() -> None:

@@ -242,6 +242,30 @@ def test_time_that_is_over_before_the_first_step_is_the_users(
     assert problem["hint"] == "Allow more: waiting and starting took most."
 
 
+@pytest.mark.parametrize("left", ["all", "the mark", "of another memory limit"])
+def test_job_whose_time_is_over_goes_on_for_a_checkpoint_of_another_job_alone_that_it_can_take(
+    after_first: Driver, in_process: InProcess, spec: JobSpec, changed: Change, left: str
+) -> None:
+    driver = after_first
+    for stage in ("distill", "publish", "evaluate"):
+        driver.storage.delete([result_path(result.key) for result in driver.results(stage)])
+    at_turn(in_process, "distill", 6, lambda: ask(driver.storage, 1, checkpoint=True))
+    assert driver(spec).outcome == "stopped"
+    assert driver.storage.list("resumable") != []
+    if left == "the mark":
+        driver.storage.delete(driver.storage.list("checkpoints"))
+    driver.storage.delete([result_path(result.key) for result in driver.results("teachers")])
+    limit = 64 if left == "of another memory limit" else None
+    late = changed(limits={"wall_seconds": 10.0}, resources={"cpus": 1, "memory_limit": limit})
+    in_process.before = lambda label: None
+    result = driver(late, job_id="rerun", started_at=now() - timedelta(seconds=11))
+    if left == "all":
+        assert result.outcome == "succeeded" and result.shortened is not None
+        return
+    assert result.error is not None and result.error.code == "limit_reached"
+    assert driver.results("teachers") == [], "none is trained for nothing"
+
+
 def test_time_that_a_running_stage_used_up_is_said_to_be_its(
     driver: Driver, in_process: InProcess, changed: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:

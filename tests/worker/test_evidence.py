@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
+from ncfm_core.evaluate import Evaluation
 from ncfm_core.ranking import label_robust_score
 from ncfm_core.spec import JobSpec
+from worker.driver.story import _headline
 from worker.evidence import Evidence
+from worker.judging import accuracy_of
 from worker.records import Accuracy, StageResult, now
 
 
-def result(name: str, mean: float) -> StageResult:
-    accuracy = Accuracy(mean=mean, std=1.0, n=2, best_mean=mean + 1, values=(mean - 1, mean + 1))
+def result(name: str, mean: float, *, std: float | None = 1.0, n: int = 2) -> StageResult:
+    accuracy = Accuracy(mean=mean, std=std, n=n, best_mean=mean + 1, values=(mean - 1, mean + 1)[:n])
     return StageResult(
         key=name,
         stage="evaluate",
@@ -84,3 +87,24 @@ def test_score_is_left_out_where_it_would_compare_unlike_things(spec: JobSpec) -
 
 def test_card_trains_at_the_rate_that_was_chosen(spec: JobSpec) -> None:
     assert evidence().as_trained(spec.evaluate[0]).training.lr == 0.01
+
+
+@pytest.mark.parametrize("kept", [None, 0.0])
+def test_one_student_has_no_spread_anywhere_also_where_an_older_result_says_none(
+    spec: JobSpec, kept: float | None
+) -> None:
+    alone = result("full", 80.0, std=None, n=1)
+    alone.figures["accuracy"]["std"] = kept  # type: ignore[index,call-overload]
+    found = replace(evidence(), full_data=alone)
+    assert found.figures(spec).full.std is None
+    document = json.loads(found.document(spec))
+    assert (document["full_data"]["std"], document["evaluations"][0]["distilled"]["std"]) == (None, 1.0)
+    rows = found.card_rows(spec)
+    assert "its own recipe | 80.0 % (n=1) |" in rows and "50.0 +- 1.0 % (n=2)" in rows
+    (full,) = [row for _, row in _headline(found, alone, spec) if "full_data" in row]
+    assert full["full_data"] == 80.0 and "full_data_std" not in full
+
+
+def test_accuracy_of_one_student_has_no_standard_deviation() -> None:
+    assert accuracy_of(Evaluation((50.0,), (51.0,), False)).std is None
+    assert accuracy_of(Evaluation((50.0, 52.0), (51.0, 52.0), False)).std == pytest.approx(2**0.5)

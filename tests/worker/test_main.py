@@ -117,7 +117,17 @@ def test_missing_file_is_told(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("option", [("--job-id", "../elsewhere"), ("--attempt", "0"), ("--gpus", "-1")])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--job-id", "../elsewhere"),
+        ("--attempt", "0"),
+        ("--gpus", "-1"),
+        ("--gpus", "1.5"),
+        ("--gpus", "65"),
+        ("--gpus", "nan"),
+    ],
+)
 def test_bad_option_is_told(tmp_path: Path, spec_file: Path, option: tuple[str, str]) -> None:
     done = worker(tmp_path, "run", str(spec_file), *option)
     assert done.returncode == EXIT_USER_ERROR

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from ray.exceptions import RayTaskError
 
-from ncfm_core.errors import StorageError
+from ncfm_core.errors import OutOfMemoryError, StorageError
 from ncfm_core.spec import JobSpec
 from tests.worker.driving import Driver, InProcess, ask, at_turn
+from worker import stages
 from worker.building import Building
 from worker.checkpoints import Checkpoints
 from worker.driver import pool
 from worker.driver.attempt import Assignment
 from worker.driver.board import Board
-from worker.driver.border import _out_of_memory, drive
+from worker.driver.border import drive
 from worker.records import AttemptStatus, StageResult, attempt_path, now
 from worker.settings import Surroundings
 from worker.site import Site
 from worker.storage import Storage
-from worker.tasks import WorkerLostError
+from worker.tasks import WorkerLostError, _run_stage
 
 
 def test_task_that_is_lost_after_its_commit_is_not_begun_again(
@@ -92,22 +92,17 @@ def test_attempt_that_is_stopped_is_stopped_whatever_its_tasks_fail_of(
     assert failed
 
 
-def test_memory_that_runs_out_names_the_way_out(driver: Driver, in_process: InProcess, spec: JobSpec) -> None:
-    def run_out() -> None:
+def test_memory_that_runs_out_in_a_stage_leaves_its_task_as_an_error_that_names_the_way_out(
+    storage: Storage, site_of: Callable[[int], Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the stage; so nothing else has to know the error of torch."""
+
+    def run_out(*_: object, **__: object) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    at_turn(in_process, "teacher 0", 2, run_out)
-    result = driver(spec)
-    assert (result.outcome, result.retryable) == ("failed", False)
-    assert result.error is not None and result.error.code == "out_of_memory"
-    assert result.error.problems[0]["field"] == "resources.memory_limit"
-    assert "Tried to allocate 2.00 GiB" in result.error.problems[0]["message"]
-
-
-def test_memory_that_runs_out_in_a_task_of_ray_is_known_by_its_cause() -> None:
-    cause = torch.OutOfMemoryError("CUDA out of memory")
-    assert _out_of_memory(cast(Any, RayTaskError)("teacher", "Traceback", cause)) is not None
-    assert _out_of_memory(cast(Any, RayTaskError)("teacher", "Traceback", ValueError("no"))) is None
+    monkeypatch.setattr(stages, "publish", run_out)
+    with pytest.raises(OutOfMemoryError, match="the stage publish does not fit the memory of cpu"):
+        list(_run_stage("publish", site_of(1), None, {}))
 
 
 def test_checkpoints_that_cannot_be_removed_fail_no_result(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -21,7 +22,13 @@ import psutil
 import pytest
 import yaml
 
+from ncfm_core.datasets import Dataset
+from ncfm_core.spec import JobSpec
+from ncfm_core.submission import resolve
+from worker import stages
+from worker.plan import plan
 from worker.records import AttemptResult, AttemptStatus, StageResult, attempt_path
+from worker.site import Site
 from worker.storage import Storage
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -245,18 +252,64 @@ def test_killed_task_goes_on_in_the_same_attempt(
     storage = tmp_path / "storage"
     running = start([str(spec_file), "--job-id", "J", "--set", "method.steps=2000"], head[1], storage)
     eventually(lambda: any(storage.glob("checkpoints/J/*/1/*.json")) and _distilling(storage))
-    eventually(lambda: _kill_distillation(head[0]))
+    eventually(lambda: _kill(head[0], "ray::distill"))
     finish(running)
     log = (storage / "jobs/J/attempts/1/driver.log").read_text()
     assert "was lost" in log
     assert "goes on from step" in log
 
 
-def _kill_distillation(head: int) -> bool:
-    """Whether a process that distils was there to be killed."""
+def test_killed_teacher_goes_on_from_its_checkpoint_to_the_same_bits(
+    tmp_path: Path, spec_file: Path, submission: dict[str, Any], digits: Dataset, head: tuple[int, dict[str, str]]
+) -> None:
+    storage, undisturbed = tmp_path / "storage", tmp_path / "undisturbed"
+    # Some seconds of training beyond the first checkpoint.
+    submission = submission | {"teachers": {"count": 1, "training": {"epochs": 150}}}
+    spec_file.write_text(yaml.safe_dump(submission))
+    running = start([str(spec_file), "--job-id", "J"], head[1], storage)
+    eventually(lambda: any(storage.glob("checkpoints/J/*/1/*.json")))
+    eventually(lambda: _kill(head[0], "ray::teacher 0"))
+    finish(running)
+    log = (storage / "jobs/J/attempts/1/driver.log").read_text()
+    assert "was lost" in log
+    step = re.search(r"teacher 0 goes on from step (\d+)", log)
+    assert step is not None and int(step[1]) >= 20
+    _train_here(resolve(submission), digits, undisturbed)
+    assert sums(storage, "teachers") == sums(undisturbed, "teachers") != {}
+
+
+def _train_here(spec: JobSpec, digits: Dataset, storage: Path) -> None:
+    """The only teacher of a job, in this process and in one go."""
+    site = Site(
+        job_id="U",
+        attempt=1,
+        storage_url=str(storage),
+        device="cpu",
+        threads=1,
+        checkpoint=spec.checkpoint,
+        code_version="test",
+    )
+    (build,) = plan(spec, digits.digest).teachers
+    training, seed = spec.teachers.training, spec.teachers.seed
+    for _ in stages.teacher(
+        site,
+        Storage(str(storage)),
+        digits,
+        key=str(build.key),
+        model=spec.model,
+        training=training,
+        seed=seed,
+        index=0,
+        held_out=None,
+    ):
+        pass
+
+
+def _kill(head: int, name: str) -> bool:
+    """Whether a process with a task of that name was there to be killed."""
     for each in psutil.Process(head).children(recursive=True):
         with suppress(psutil.Error):
-            if each.cmdline()[:1] == ["ray::distill"]:
+            if " ".join(each.cmdline()).strip() == name:
                 each.kill()
                 return True
     return False

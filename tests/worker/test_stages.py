@@ -141,6 +141,39 @@ def test_stopped_distillation_ends_with_the_same_bits(job_of: JobOf, storage: St
     assert [event.step for event in later if isinstance(event, Picture)] == [45, 60]
 
 
+def test_checkpoint_of_a_cut_distillation_leads_another_job_to_the_very_set_of_an_undisturbed_one(
+    job_of: JobOf, storage: Storage, finish: Finish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut where a window opens, so that psi climbs next: on images as the last step left them."""
+    undisturbed, cut, other = (job_of(attempt) for attempt in (1, 2, 3))
+    teachers = [finish(undisturbed.teacher(index))[0] for index in range(2)]
+    method = undisturbed.spec.method.model_copy(update={"image_lr": 0.05})
+    for job in (undisturbed, cut, other):
+        job.spec = job.spec.model_copy(update={"method": method})
+    whole, _ = finish(undisturbed.distill(teachers))
+    storage.delete([path for path in storage.list("results") if storage.get_record(path, StageResult) == whole])
+    looks = list[None]()
+
+    def over(site: Site) -> bool:
+        looks.append(None)
+        return site.deadline is not None and len(looks) > 24
+
+    monkeypatch.setattr(Site, "time_is_over", over)
+    cut.site = replace(cut.site, deadline=time.time() + 1000.0, wall_seconds=1000.0)
+    short, _ = finish(cut.distill(teachers))
+    assert short.figures["steps"] == 21 and 21 % method.reuse == 0
+    images = read_synthetic(storage, short).images
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    assert "grids/00000021.png" in {file.name for file in short.files}
+    other.site = replace(other.site, job_id="other")
+    resumed, events = finish(other.distill(teachers))
+    assert Notice("the distillation goes on from step 21 of job job") in events
+    expected, found = ({file.name: file.sha256 for file in each.files} for each in (whole, resumed))
+    # The history alone says that there was a cut.
+    assert expected.pop(HISTORY_FILE) and found.pop(HISTORY_FILE)
+    assert found == expected
+
+
 @pytest.mark.parametrize("seconds", [None, 60.0])
 def test_distillation_says_that_it_compiles_before_it_does(
     job_of: JobOf, finish: Finish, monkeypatch: pytest.MonkeyPatch, seconds: float | None
@@ -202,6 +235,8 @@ def test_stages_that_the_compiler_fails_go_on_eager_and_say_so_once(
     (notice,) = [event for event in events if isinstance(event, Notice) and failed in event.message]
     assert notice.message.startswith("the distillation runs eager, ")
     assert content(storage, result) == eager
+    for each in (*teachers, result):
+        assert not each.figures["compiled"] and each.figures["compile_error"] == "RuntimeError: no such header"
 
 
 def test_checkpoints_are_gone_once_the_result_is_there(job_of: JobOf, storage: Storage, finish: Finish) -> None:
@@ -277,6 +312,17 @@ def test_accuracy_counts_the_last_epoch_of_each_student(job_of: JobOf, finish: F
     assert accuracy.mean == pytest.approx(sum(last) / 2)
     assert accuracy.std == pytest.approx(abs(last[0] - last[1]) / 2**0.5)
     assert accuracy.best_mean >= accuracy.mean
+
+
+def test_result_says_how_it_was_computed(job_of: JobOf, finish: Finish) -> None:
+    job = job_of(1)
+    teachers = [finish(job.teacher(index))[0] for index in range(2)]
+    distilled, _ = finish(job.distill(teachers))
+    evaluated, _ = judged_by(finish, job, job.spec.evaluate[0], kind="random_real")
+    for result in (*teachers, distilled, evaluated):
+        assert (result.figures["compiled"], result.figures["halvings"]) == (False, 0)
+        assert "compile_error" not in result.figures
+    assert distilled.figures["execution"] == {"chunk": 4096, "block": 10, "recompute": False}
 
 
 def judged_by(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import PurePosixPath
 
+from pydantic import JsonValue
+
 from ncfm_core import cost
 from ncfm_core.errors import DamagedError, LimitError
 from ncfm_core.progress import Progress
@@ -31,9 +33,9 @@ from worker.records import (
     checkpoint_folder,
     checkpoint_root,
     result_path,
-    resumable_folder,
     set_folder,
 )
+from worker.resuming import left_by_others
 from worker.settings import Surroundings
 from worker.site import DataFacts, Site
 from worker.stopping import StopWatch
@@ -99,6 +101,8 @@ class Attempt:
         self._job, self._surroundings, self._storage = assignment, surroundings, storage
         self._reporter, self._tracker, self._watch = reporter, tracker, watch
         self._plan: Plan | None = None
+        self._conditions: dict[str, JsonValue] = {}
+        self._is_led_on = False
 
     def run(self) -> Outcome:
         """All stages; what is stored already is taken from there.
@@ -114,6 +118,7 @@ class Attempt:
         self._reporter.say(f"each task takes CPU {demand.cpus}, GPU {demand.gpus:g} and computes on {demand.device}")
         facts, dataset = self._inspect(demand)
         site, slots = self._site(demand), max(1, sum(node.slots(demand) for node in cluster))
+        self._conditions = site.conditions
         pool = Pool(site, self._storage, dataset, demand=demand, slots=slots, observer=self._reporter, guard=self)
         needed = self._plan = plan(spec, facts.digest, held_out_digest=facts.held_out_digest)
         self._reporter.board.expect(["inspect", *(build.stage for build in needed.builds()), "publish"])
@@ -158,17 +163,25 @@ class Attempt:
         return deadline is not None and time.time() >= deadline
 
     def _has_something(self) -> bool:
-        """Whether the distillation has begun, in this attempt, an earlier one or another job: only it and teachers leave
-        checkpoints."""
+        """Whether the distillation has begun, in this attempt, an earlier one, or another job whose checkpoint it goes on from:
+        only it and teachers leave checkpoints."""
         if self._reporter.board.has_begun("distill"):
             return True
         assert self._plan is not None
-        if self._plan.distill.key is not None and self._storage.list(resumable_folder(self._plan.distill.key)):
+        if self._is_begun_elsewhere(self._plan.distill.key):
             return True
         teachers = (*self._plan.search_teachers, *self._plan.teachers)
         folders = [checkpoint_folder(self._job.job_id, str(build.key)) for build in teachers]
         paths = self._storage.list(checkpoint_root(self._job.job_id))
         return any(str(PurePosixPath(path).parents[1]) not in folders for path in paths if path.endswith(".json"))
+
+    def _is_begun_elsewhere(self, key: str | None) -> bool:
+        if key is None:
+            return False
+        if not self._is_led_on:  # kept, as it is asked several times a second once the wall time is over
+            others = left_by_others(self._storage, key, job_id=self._job.job_id, environment=self._conditions)
+            self._is_led_on = next(others, None) is not None
+        return self._is_led_on
 
     def _too_late(self) -> LimitError:
         limit, seconds = self._job.spec.limits.wall_seconds, self._reporter.board.seconds()

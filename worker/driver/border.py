@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from pathlib import PurePosixPath
 
 from ncfm_core.errors import (
     DatasetError,
     LimitError,
     NcfmError,
-    OutOfMemoryError,
     Problem,
     ResourcesError,
     SpecError,
@@ -24,7 +21,8 @@ from worker.driver.board import Board, StatusWriter
 from worker.driver.live import CLOSE_WAIT_S, RUN_STATUS, Tracker
 from worker.driver.log import DriverLog
 from worker.driver.reporter import Reporter
-from worker.records import AttemptResult, ErrorRecord, attempt_path, checkpoint_root, now, resumable_path, spec_path
+from worker.records import AttemptResult, ErrorRecord, attempt_path, checkpoint_root, now, spec_path
+from worker.resuming import marks_of
 from worker.settings import Surroundings
 from worker.stopping import StopWatch
 from worker.storage import Storage
@@ -81,8 +79,7 @@ def _drop_checkpoints(storage: Storage, job_id: str) -> None:
     """What every attempt left to go on from: nothing will."""
     try:
         paths = storage.list(checkpoint_root(job_id))
-        marks = {resumable_path(PurePosixPath(path).parts[2], job_id) for path in paths}
-        storage.delete([*paths, *sorted(marks)])
+        storage.delete([*paths, *marks_of(job_id, paths)])
     except StorageError as error:
         log.warning("checkpoints are left behind: %s", error)
 
@@ -105,31 +102,9 @@ def _attempted(attempt: Attempt, board: Board) -> tuple[AttemptResult, bool]:
         log.error("failed: %s", error)
         return _failed(board, error), True
     except Exception as error:  # the border of the job: whatever went wrong becomes its result
-        if (known := _out_of_memory(error)) is not None:
-            log.error("failed: %s", known, exc_info=error)
-            return _failed(board, known), True
         log.exception("failed on an error of our own")
         problem = Problem("", "", f"{type(error).__name__}: {shorten(str(error))}", "The log of the driver has it all.")
         return _failed(board, NcfmError(problem), code="internal"), True
-
-
-def _out_of_memory(error: Exception) -> OutOfMemoryError | None:
-    """What to tell of a stage whose device had no memory left; None for any other error.
-
-    The driver does without torch, but has it where a task's error of torch's came back.
-    """
-    torch = sys.modules.get("torch")
-    causes = (error, getattr(error, "cause", None))  # Ray wraps what a task raised
-    found = next((each for each in causes if torch is not None and isinstance(each, torch.OutOfMemoryError)), None)
-    if found is None:
-        return None
-    first_line = str(found).strip().partition("\n")[0]
-    return OutOfMemoryError.of(
-        "resources.memory_limit",
-        None,
-        f"a stage does not fit the memory of its device: {first_line[:300]}",
-        "Set resources.memory_limit (MiB) lower, or lower model.width or the batch size of the stage that the log names.",
-    )
 
 
 def _succeeded(board: Board, outcome: Outcome) -> AttemptResult:

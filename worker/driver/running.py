@@ -127,4 +127,5 @@ def headline(assignment: Assignment, result: AttemptResult, storage: Storage) ->
 
 
 def _short(accuracy: Accuracy) -> dict[str, JsonValue]:
-    return {"mean": round(accuracy.mean, 4), "std": round(accuracy.std, 4), "n": accuracy.n}
+    std = None if accuracy.std is None else round(accuracy.std, 4)
+    return {"mean": round(accuracy.mean, 4), "std": std, "n": accuracy.n}

@@ -121,7 +121,8 @@ def _headline(evidence: Evidence, published: StageResult, spec: JobSpec) -> Iter
         ("full_data", figures.full),
     ):
         if accuracy is not None:
-            yield "accuracy/", {"step": 0.0, "time": time, name: accuracy.mean, f"{name}_std": accuracy.std}
+            spread = {} if accuracy.std is None else {f"{name}_std": accuracy.std}
+            yield "accuracy/", {"step": 0.0, "time": time, name: accuracy.mean} | spread
 
 
 def _scores(evidence: Evidence, published: StageResult, spec: JobSpec) -> Iterator[tuple[str, dict[str, float]]]:
