@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ POLL_S = 0.05
 T = TypeVar("T")
 Launch = Callable[..., subprocess.Popen[bytes]]
 Until = Callable[..., Any]
+Boot = Callable[..., AbstractContextManager[StackState]]
 SmallDisk = Callable[[str], Path]
 Document = dict[str, Any]
 
@@ -100,10 +102,15 @@ def until() -> Until:
 
 @pytest.fixture(scope="session")
 def launch() -> Iterator[Launch]:
-    """Runs an `ncfm` command on a home, in a session of its own as from a terminal; `wait_up` waits until it is up."""
+    """Runs an `ncfm` command on a home, in a session of its own as from a terminal; `wait_up` waits until it is up.
+
+    `settings` are variables of its environment (`NCFM_...`).
+    """
     started: list[subprocess.Popen[bytes]] = []
 
-    def run(home: Path, *arguments: str, wait_up: bool = False) -> subprocess.Popen[bytes]:
+    def run(
+        home: Path, *arguments: str, wait_up: bool = False, settings: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         own = {"NCFM_HOME": str(home), "NCFM_STORAGE": "", "NCFM_DATABASE_URL": "", "NCFM_DATA_DIR": str(home / "data")}
         with (home / "command.log").open("ab") as log:
             process = subprocess.Popen(
@@ -111,7 +118,7 @@ def launch() -> Iterator[Launch]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **own},
+                env={**os.environ, **own, **(settings or {})},
                 start_new_session=True,
             )
         started.append(process)
@@ -129,18 +136,35 @@ def launch() -> Iterator[Launch]:
 
 
 @pytest.fixture(scope="session")
-def stack(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackState]:
-    """A running stack: addresses, home and process ids. Nothing of it is left afterwards."""
-    home = tmp_path_factory.mktemp("home")
-    process = launch(home, "up", "--port", "0", "--mlflow-port", "0", "--ray-port", "0", wait_up=True)
-    state = Home(home).read()
-    assert state is not None
-    yield state
-    process.send_signal(signal.SIGINT)
-    code = process.wait(STOP_LIMIT_S)
-    left = find(state.stack_id)
-    sweep(state.stack_id, term_wait_s=0)
-    assert (code, left) == (0, []), (home / "command.log").read_text()
+def boot(launch: Launch) -> Boot:
+    """Runs a stack on a home, with settings of its own where it needs any: addresses, home and process ids.
+
+    Nothing of it is left afterwards.
+    """
+
+    @contextmanager
+    def run(home: Path, settings: Mapping[str, str] | None = None) -> Iterator[StackState]:
+        ports = ("--port", "0", "--mlflow-port", "0", "--ray-port", "0")
+        process = launch(home, "up", *ports, wait_up=True, settings=settings)
+        state = Home(home).read()
+        assert state is not None
+        try:
+            yield state
+        finally:
+            process.send_signal(signal.SIGINT)
+            code = process.wait(STOP_LIMIT_S)
+            left = find(state.stack_id)
+            sweep(state.stack_id, term_wait_s=0)
+        assert (code, left) == (0, []), (home / "command.log").read_text()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stack(boot: Boot, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackState]:
+    """The stack that all tests share; those that break theirs for good boot one of their own."""
+    with boot(tmp_path_factory.mktemp("home")) as state:
+        yield state
 
 
 @pytest.fixture(scope="session")
@@ -183,13 +207,14 @@ def main_job(stack_client: Client, small_job: Document) -> list[Job]:
 @pytest.fixture(scope="session")
 def images_of(stack: StackState) -> Callable[[str], bytes]:
     """The tensor file of a job's set, byte for byte, by the job's id."""
+    return lambda job_id: images(stack, job_id)
 
-    def read(job_id: str) -> bytes:
-        answer = httpx.get(f"{stack.api}/jobs/{job_id}/artifacts/distilled/images.safetensors")
-        assert answer.status_code == 200, answer.text
-        return answer.content
 
-    return read
+def images(stack: StackState, job_id: str) -> bytes:
+    """The tensor file of the set of a job of any stack."""
+    answer = httpx.get(f"{stack.api}/jobs/{job_id}/artifacts/distilled/images.safetensors")
+    assert answer.status_code == 200, answer.text
+    return answer.content
 
 
 @pytest.fixture(scope="session")

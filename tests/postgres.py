@@ -47,22 +47,23 @@ class Postgres:
         self._run(f"CREATE DATABASE {name}")
         return self.url(name)
 
-    def kill(self) -> None:
-        """SIGKILL to the server and all its processes: what has not been made durable is gone."""
+    def processes(self) -> list[psutil.Process]:
+        """The server and all that it has started."""
         pid = self._server.get_pid()
         assert pid is not None
         server = psutil.Process(pid)
-        processes = [server, *server.children(recursive=True)]
+        return [server, *server.children(recursive=True)]
+
+    def kill(self) -> None:
+        """SIGKILL to the server and all its processes: what has not been made durable is gone."""
+        processes = self.processes()
         for process in processes:
             os.kill(process.pid, signal.SIGKILL)
         psutil.wait_procs(processes, timeout=10)
 
     def take_our_priority(self) -> None:
         """Run it as urgently as this process, which starting it under another user takes away."""
-        pid = self._server.get_pid()
-        assert pid is not None
-        server = psutil.Process(pid)
-        for process in (server, *server.children(recursive=True)):
+        for process in self.processes():
             process.nice(psutil.Process().nice())
 
     def start(self) -> None:

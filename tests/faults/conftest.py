@@ -21,8 +21,10 @@ from service.local.state import Home, StackState
 from service.local.sweep import find
 from service.replies import Job
 from service.store import Store
-from tests.faults.checker import check
+from tests.faults.checker import ClientLog, check
 from tests.kept import all_jobs
+from tests.postgres import Postgres
+from worker.history import HISTORY_FILE, read_history
 from worker.records import StageResult
 from worker.storage import Storage
 
@@ -43,15 +45,35 @@ def home(stack: StackState) -> Home:
     return Home(Path(stack.home))
 
 
+@pytest.fixture
+def server() -> Iterator[Postgres]:
+    """A PostgreSQL server to be killed."""
+    started = Postgres(syncs=True)
+    yield started
+    started.stop()
+
+
 @pytest.fixture(autouse=True)
 def checked(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test on the running stack: what must hold whatever befell it."""
     stack = request.getfixturevalue("stack") if "stack" in request.fixturenames else None
     yield
     if isinstance(stack, StackState):
-        store = Store(f"sqlite:///{stack.home}/ncfm.db")
-        check(store, Storage(str(Path(stack.home, "storage"))), alive=Carriers(store))
-        store.close()
+        check_stack(stack)
+
+
+def check_stack(stack: StackState, *, database: str = "", storage: str = "", log: ClientLog | None = None) -> None:
+    """What must hold of a running stack.
+
+    Args:
+        stack: that runs.
+        database: URL of its database; its home's where it has no other.
+        storage: its storage root; its home's where it has no other.
+        log: what its clients were told.
+    """
+    with Store(database or f"sqlite:///{stack.home}/ncfm.db") as store:
+        root = Storage(storage or str(Path(stack.home, "storage")))
+        check(store, root, mlflow=stack.mlflow, log=log, alive=Carriers(store))
 
 
 class Carriers:
@@ -81,15 +103,35 @@ def followed(stack_client: Client) -> Callable[[str], Job]:
 @pytest.fixture
 def forget_sets(stack_storage: Storage) -> Callable[[], None]:
     """Takes all sets out of the storage root, so that they are made again."""
+    return lambda: forget_sets_of(stack_storage)
 
-    def forget() -> None:
-        for path in stack_storage.list("results"):
-            result = stack_storage.get_record(path, StageResult)
-            assert result is not None
-            if result.stage in ("distill", "publish"):
-                stack_storage.delete([path])
 
-    return forget
+def forget_sets_of(storage: Storage) -> None:
+    """The same for any storage root."""
+    for path in storage.list("results"):
+        result = storage.get_record(path, StageResult)
+        assert result is not None
+        if result.stage in ("distill", "publish"):
+            storage.delete([path])
+
+
+def results_of(storage: Storage, job_id: str) -> list[StageResult]:
+    """What a job itself has built."""
+    found = [storage.get_record(path, StageResult) for path in storage.list("results")]
+    return [each for each in found if each is not None and each.built_by.startswith(job_id)]
+
+
+def lacks(run: dict[str, Any], client: Client, storage: Storage, job_id: str) -> str:
+    """What an MLflow run has not of a job that succeeded and made its own set; empty where it has all of it."""
+    if (run["status"], run["tags"].get("ncfm.job_id")) != ("FINISHED", job_id):
+        return f"it is {run['status']} and has the tags {run['tags']}"
+    (made,) = [each for each in results_of(storage, job_id) if each.stage == "distill"]
+    (history,) = [storage.read_file(file) for file in made.files if file.name == HISTORY_FILE]
+    told, steps = sorted(run["steps"]["distill/discrepancy"]), [row["step"] for row in read_history(history).rows]
+    if told != steps:
+        return f"it has the steps {told} where there were {steps}"
+    files = {artifact.name for artifact in client.artifacts(job_id)} - run["files"]
+    return f"it lacks the files {files}" if files else ""
 
 
 @pytest.fixture
@@ -102,13 +144,14 @@ def same_job(main_job: list[Job], small_job: dict[str, Any], forget_sets: Callab
 @pytest.fixture
 def checkpoint_of(stack_storage: Storage, until: Until) -> Callable[[str], int]:
     """Waits for a checkpoint of a job in mid-distillation, and returns its step."""
+    return lambda job_id: int(until(lambda: newest_checkpoint(stack_storage, job_id), CHECKPOINT_LIMIT_S))
 
-    def newest(job_id: str) -> int:
-        # Teachers of the small job end before their first checkpoint is due.
-        records = [Path(path) for path in stack_storage.list(f"checkpoints/{job_id}") if path.endswith(".json")]
-        return max((int(path.stem) for path in records), default=0)
 
-    return lambda job_id: int(until(lambda: newest(job_id), CHECKPOINT_LIMIT_S))
+def newest_checkpoint(storage: Storage, job_id: str) -> int:
+    """Its step; 0 where there is none."""
+    # Teachers of the small job end before their first checkpoint is due.
+    records = [Path(path) for path in storage.list(f"checkpoints/{job_id}") if path.endswith(".json")]
+    return max((int(path.stem) for path in records), default=0)
 
 
 @pytest.fixture

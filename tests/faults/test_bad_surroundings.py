@@ -21,8 +21,9 @@ from service.local import ports
 from service.local.state import Home, StackState
 from service.processes import ProcessName
 from service.replies import Job
-from worker.history import HISTORY_FILE, read_history
-from worker.records import StageResult
+from service.store import Store
+from tests.faults.checker import check
+from tests.faults.conftest import lacks, results_of
 from worker.storage import Storage
 
 pytestmark = pytest.mark.e2e
@@ -47,12 +48,6 @@ def take_away(home: Home, until: Until) -> TakeAway:
         until(lambda: home.status().state == "starting", 10)
 
     return kill
-
-
-def results_of(storage: Storage, job_id: str) -> list[StageResult]:
-    """What a job itself has built."""
-    found = [storage.get_record(path, StageResult) for path in storage.list("results")]
-    return [each for each in found if each is not None and each.built_by.startswith(job_id)]
 
 
 def test_job_fails_as_the_users_when_its_data_is_missing(
@@ -131,11 +126,7 @@ def test_record_is_complete_when_mlflow_was_away_in_mid_run(
     assert "MLflow is away" in stack_client.logs(job.id)
     until(lambda: home.status().state == "up")
     run = read_run(stack.mlflow, str(ended.mlflow_run_id))
-    assert (run["status"], run["tags"]["ncfm.job_id"]) == ("FINISHED", job.id)
-    (made,) = [each for each in results_of(stack_storage, job.id) if each.stage == "distill"]
-    (history,) = [stack_storage.read_file(file) for file in made.files if file.name == HISTORY_FILE]
-    assert sorted(run["steps"]["distill/discrepancy"]) == [row["step"] for row in read_history(history).rows]
-    assert {artifact.name for artifact in stack_client.artifacts(job.id)} <= run["files"]
+    assert not lacks(run, stack_client, stack_storage, job.id)
 
 
 @pytest.mark.parametrize(
@@ -158,4 +149,6 @@ def test_run_by_hand_ends_at_once_when_what_it_was_given_is_away(
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {named}") and address in line
     assert not list(storage.rglob("*.json"))
+    with Store(f"sqlite:///{tmp_path}/ncfm.db") as store:
+        assert check(store, Storage(str(storage))) == 0
     assert not [each for each in psutil.process_iter(["cmdline"]) if str(spec) in (each.info["cmdline"] or [])]

@@ -287,3 +287,4 @@ def test_store_when_locked_for_longer_than_it_waits_says_so(tmp_path: Path, monk
             with pytest.raises(StoreError, match="locked"):
                 store.add_once(job, key)
         assert store.add_once(job, key)[1]
+    check(url, tmp_path / "storage", {key.key: job.id})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,6 @@ from tests.faults.ray_twin import succeeds, succeeds_at_the_second_attempt
 from tests.postgres import Postgres
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture
-def server() -> Iterator[Postgres]:
-    started = Postgres(syncs=True)
-    yield started
-    started.stop()
 
 
 def test_jobs_end_right_when_the_database_is_killed_in_mid_run(tmp_path: Path, server: Postgres, is_long: bool) -> None:

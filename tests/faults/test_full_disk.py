@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from service.client import Client
 from service.database import StoreFullError
 from service.jobs import Job, Reason, State
 from service.store import Store
+from tests.conftest import Boot
+from tests.faults.checker import ClientLog
+from tests.faults.conftest import CHECKPOINT_LIMIT_S, check_stack, newest_checkpoint
 from tests.faults.controllers import Site, state_is
+from worker.storage import Storage
 
 pytestmark = pytest.mark.e2e
 
@@ -20,13 +27,15 @@ FULL_S = 3.0
 """How long the disk stays full; a minute in a long run."""
 LONG_FULL_S = 60.0
 
+Document = dict[str, Any]
 Disk = Callable[[str], Path]
+Until = Callable[..., Any]
 
 
 def fill(folder: Path) -> Path:
-    """A file that leaves no room for another byte."""
+    """A file that leaves no room for another byte, or what there is of it with more."""
     path = folder / "filler"
-    with path.open("wb", buffering=0) as file:
+    with path.open("ab", buffering=0) as file:
         try:
             while True:
                 file.write(b"x" * 512)
@@ -60,6 +69,37 @@ def test_job_waits_and_says_so_when_the_storage_root_is_full(tmp_path: Path, sma
         assert {site.job(job).attempt for job in jobs} == {1}
     finally:
         site.close()
+
+
+@pytest.mark.timeout(900)
+def test_real_job_goes_on_when_the_storage_root_was_full_in_mid_distillation(
+    tmp_path: Path, small_disk: Disk, boot: Boot, small_job: Document, until: Until, is_long: bool
+) -> None:
+    """On a stack of its own. A checkpoint is larger than what an attempt keeps in reserve to say that there is no room."""
+    disk, home = small_disk("16m"), tmp_path / "home"
+    storage, document = Storage(str(disk / "storage")), small_job | {"ipc": 20}
+    home.mkdir()
+    with boot(home, {"NCFM_STORAGE": storage.url}) as stack, Client(stack.api) as client:
+        first = client.submit(document)
+        until(lambda: newest_checkpoint(storage, first.id), CHECKPOINT_LIMIT_S)
+        fill(disk)
+        until(lambda: "storage is full" in client.job(first.id).message)
+        # What it had kept to say so.
+        fill(disk)
+        second = client.submit(document)
+        until(lambda: client.job(second.id).reason == "storage_full")
+        time.sleep(LONG_FULL_S if is_long else FULL_S)
+        waiting = [client.job(each.id) for each in (first, second)]
+        assert [(job.state, job.attempt) for job in waiting] == [("running", 1), ("starting", 1)]
+        assert "storage is full" in waiting[0].message and "waits for the storage root" in waiting[1].message
+
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        for job in (first, second):
+            ended = client.wait(job.id, on_change=lambda _: None, poll_s=0.1)
+            assert (ended.state, ended.attempt) == ("succeeded", 1), ended.complaint
+        assert any("storage is full" in warning for warning in client.job(first.id).warnings)
+        acknowledged = {each.id: each.spec for each in (first, second)}
+        check_stack(stack, storage=storage.url, log=ClientLog(acknowledged=acknowledged))
 
 
 def test_nothing_acknowledged_is_lost_when_the_disk_of_the_database_is_full(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import delete, update
@@ -13,6 +14,7 @@ from service.store import IdempotencyKey
 from service.tables import attempts, events, jobs
 from tests.faults.checker import ClientLog, Violation, check
 from tests.service.world import DOCUMENT, World
+from worker.records import StageResult, now
 
 
 @pytest.fixture
@@ -70,6 +72,47 @@ def damage(world: World, job: Job) -> None:
     world.storage.put(job.artifacts[0].path, b"\x89PNX")
 
 
+def commit(world: World, job: Job, *, key: str = "sha256:aa", path: str = "results/aa.json", attempt: int = 2) -> None:
+    """As if an attempt had made its set the result of a key."""
+    result = StageResult(
+        key=key,
+        stage="publish",
+        built_by=f"{job.id}-{attempt}",
+        created_at=now(),
+        files=job.artifacts,
+        figures={},
+        seconds=1.0,
+        environment={},
+    )
+    world.storage.put_record(path, result)
+
+
+def commit_under_another_key(world: World, job: Job) -> None:
+    commit(world, job, path="results/bb.json")
+
+
+def commit_twice(world: World, job: Job) -> None:
+    commit(world, job)
+    commit(world, job, key="sha256:bb", path="results/bb.json")
+
+
+def commit_of_others(world: World, job: Job) -> None:
+    commit(world, job, attempt=1)
+
+
+def commit_of_nobody(world: World, job: Job) -> None:
+    commit(world, job, attempt=3)
+
+
+def commit_and_damage(world: World, job: Job) -> None:
+    commit(world, job)
+    damage(world, job)
+
+
+def promote_another(world: World, job: Job) -> None:
+    world.driver(job).succeed({"distilled/other.png": b"\x89PNG"})
+
+
 @pytest.mark.parametrize(
     ("harm", "complaint"),
     [
@@ -79,6 +122,12 @@ def damage(world: World, job: Job) -> None:
         (go_on, r"rule c: event \d+ \(stage\) follows its end"),
         (overtake, r"rule d: an older controller began a later attempt: fences \[9, 0\]"),
         (damage, "rule g: distilled/preview.png is damaged"),
+        (commit_under_another_key, "rule d: results/bb.json is the result of sha256:aa"),
+        (commit_twice, r"rule d: objects/.* belongs to results/aa.json and to results/bb.json"),
+        (commit_of_others, "rule d: results/aa.json names objects/.*, which another attempt wrote"),
+        (commit_of_nobody, "rule d: results/aa.json was built by attempt 3, which it never had"),
+        (commit_and_damage, "rule d: results/aa.json: .*a committed file is damaged"),
+        (promote_another, "rule d: its set is not the one that its last attempt left"),
     ],
 )
 def test_checker_when_something_is_wrong_names_it(
@@ -89,6 +138,33 @@ def test_checker_when_something_is_wrong_names_it(
     harm(world, job)
     with pytest.raises(Violation, match=complaint):
         check(world.store, world.storage)
+
+
+def test_checker_when_mlflow_has_it_otherwise_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = succeeded(world)
+    run(world, update(jobs).values(publication="done"))
+    runs: list[tuple[str, str]] = []
+
+    def all_runs(_: str) -> list[dict[str, Any]]:
+        tags = [{"key": "ncfm.job_id", "value": job.id}]
+        return [{"info": {"run_id": name, "status": status}, "data": {"tags": tags}} for name, status in runs]
+
+    monkeypatch.setattr("tests.faults.checker._all_runs", all_runs)
+    for found, complaint in (
+        ([], "rule g: it is published as run run-1, MLflow has {}"),
+        ([("run-1", "RUNNING")], "rule g: it is succeeded, and its run RUNNING"),
+        ([("run-1", "KILLED")], "rule g: it is succeeded, and its run KILLED"),
+        ([("run-1", "FINISHED"), ("run-2", "RUNNING")], "one has not"),
+    ):
+        runs[:] = found
+        with pytest.raises(Violation, match=complaint):
+            check(world.store, world.storage, mlflow="http://mlflow")
+    runs[:] = [("run-1", "FINISHED")]
+    assert check(world.store, world.storage, mlflow="http://mlflow") == 1
+    # What waits to be published may still run.
+    runs.clear()
+    run(world, update(jobs).values(publication="pending"))
+    assert check(world.store, world.storage, mlflow="http://mlflow") == 1
 
 
 def test_checker_when_clients_were_told_otherwise_says_so(world: World) -> None:

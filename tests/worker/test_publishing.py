@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,30 @@ def test_stopped_attempt_closes_its_run_and_later_gets_what_it_lacked(
     assert client.get_run(run.run_id).info.status == "KILLED"
     assert len(steps(client, run.run_id)["teachers/0/loss"]) == 5
     assert "accuracy/distilled" not in steps(client, run.run_id)
+
+
+def test_stopped_attempt_names_its_run_when_that_was_made_at_its_end(
+    client: mlflow.MlflowClient, spec: JobSpec, storage: Storage, surroundings: Surroundings, in_process: object
+) -> None:
+    asked = threading.Event()
+
+    class Slow(Tracker):
+        """Whose server makes the run only once its end is asked for."""
+
+        def close(self, status: str, *, wait_s: float = 60.0) -> bool:
+            asked.set()
+            return super().close(status, wait_s=60.0)
+
+    def connect() -> MlflowRun:
+        asked.wait(60)
+        return MlflowRun(surroundings.mlflow_url, "", identity_of(spec, "J", 1))
+
+    storage.put_record(attempt_path("J", 1, "stop.json"), StopRequest(checkpoint=False, requested_at=now()))
+    board, assignment = Board("J", 1), Assignment(spec=spec, job_id="J", attempt=1, started_at=now())
+    result = drive(assignment, surroundings, storage, Slow(connect, on_open=board.tracked), board)
+    (run,) = client.search_runs(["1"], "tags.`ncfm.job_id` = 'J'")
+    assert (result.outcome, result.publication, run.info.status) == ("stopped", "done", "KILLED")
+    assert result.mlflow_run_id == run.info.run_id
 
 
 def test_attempt_with_a_server_is_published_by_itself(

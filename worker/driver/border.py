@@ -56,7 +56,7 @@ def drive(
             attempt = Attempt(assignment, surroundings, storage, reporter, tracker=tracker, watch=watch)
             result, is_told = _attempted(attempt, board)
         if tracker is not None:
-            result = _closed(result, tracker, is_told)
+            result = _closed(result, tracker, is_told, board)
         total = round(time.monotonic() - started, 2)
         result = result.model_copy(update={"seconds": result.seconds | {"total": total}, "finished_at": now()})
         log.info("%s after %.1f s", result.outcome, total)
@@ -68,11 +68,13 @@ def drive(
     return result
 
 
-def _closed(result: AttemptResult, tracker: Tracker, is_told: bool) -> AttemptResult:
+def _closed(result: AttemptResult, tracker: Tracker, is_told: bool, board: Board) -> AttemptResult:
     """The result with whether MLflow has it, its run having been ended."""
     wait_s = STOP_WAIT_S if result.outcome == "stopped" else CLOSE_WAIT_S
     is_closed = tracker.close(RUN_STATUS[result.outcome], wait_s=wait_s)
-    return result.model_copy(update={"publication": "done" if is_told and is_closed else "pending"})
+    # The run of an attempt that ended early may have been made only now.
+    run = {"mlflow_run_id": board.mlflow_run_id, "mlflow_url": board.mlflow_url}
+    return result.model_copy(update=run | {"publication": "done" if is_told and is_closed else "pending"})
 
 
 def _drop_checkpoints(storage: Storage, job_id: str) -> None:
