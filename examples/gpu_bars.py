@@ -5,7 +5,7 @@
 
 Every measurement is a process of its own and one line in `bars/results.jsonl`. What is there is not measured again; a pipeline
 goes on from its folder below `bars/`. A call ends when its seconds are over; exit code 3 means: bring `bars/` along and call
-again. Needed are torch, torchvision, numpy, pydantic, safetensors and this checkout, on `PYTHONPATH` or as working directory.
+again. Needed are torch, torchvision, numpy, pydantic, safetensors and this checkout.
 `--made` does for parts without accuracy, where the data are absent; `--small` tries every command in seconds on a CPU, on digits
 (scikit-learn), and its figures mean nothing.
 """
@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,11 @@ HERE = Path(__file__).resolve().parent
 AGAIN = 3
 """Exit code of a call that left something to do."""
 SECONDS = 400.0
-"""Of a call, after which nothing begins; leaves a minute of eight for what is under way."""
+"""Of a call, after which nothing begins."""
+LEEWAY = 60.0
+"""Seconds after those in which what is under way may end: together they leave a few of eight minutes."""
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Variable of the environment that names the folder of Inductor's cache, and of Triton's inside."""
 ROUNDS = 3
 """Of ours and the released code in turns."""
 
@@ -44,11 +51,8 @@ class Measurement:
     arguments: tuple[str, ...]
     released: str = ""
     """Which command of the reader's it takes: one that times the released code, or a set that it made."""
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the same command again goes on where it was cut."""
-        return self.tool in ("pipeline", "judge_images.py")
+    compiles_afresh: bool = False
+    """Whether the compiler finds nothing on disk of what it made before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,7 @@ def _compile() -> Part:
                 *_set("method.steps", 1),
                 *_set("evaluate", [{"students": 1, "tests": 1, "training": {"epochs": 1}}]),
             ),
+            compiles_afresh=True,
         )
         for how in ("eager", "compiled")
         for epochs in (2, 12)
@@ -244,9 +249,10 @@ class Options:
 
 
 def command(part: str, measurement: Measurement, options: Options, left: float) -> list[str]:
-    """What to run, as words after `python`; for the released code, the reader's own words."""
+    """What to run, as words after `python`; for the released code, the reader's own words, `{seconds}` filled in."""
     if measurement.tool == "released":
-        return shlex.split(options.released[measurement.released])
+        words = shlex.split(options.released[measurement.released])
+        return [word.replace("{seconds}", f"{left:.0f}") for word in words]
     given = list((small(measurement) if options.small else measurement).arguments)
     if measurement.tool == "judge_images.py":
         given.insert(0, options.released[measurement.released])
@@ -274,23 +280,57 @@ def run(names: Sequence[str], options: Options, call: Call) -> int:
     results, known, started = options.out / "results.jsonl", parts(), time.monotonic()
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     there = {(line["part"], line["name"], line["small"]) for line in lines if line.get("done", True)}
-    failed = False
+    failed = began = False
     for part, measurement in _wanted(names, known, options):
         if (part, measurement.name, options.small) in there:
             continue
         left = options.seconds - (time.monotonic() - started)
-        if left <= 0:
+        # A call does at least something, however long that takes.
+        if left <= 0 or (began and _expected(part, measurement, lines, options) > left + LEEWAY):
             return AGAIN
-        line = call(command(part, measurement, options, max(1.0, left)))
+        began, begun = True, time.monotonic()
+        with _compiler_cache(measurement):
+            line = call(command(part, measurement, options, max(1.0, left)))
         if line is None:
             failed = True
             continue
         line = {"part": part, "name": measurement.name, "about": known[part].about, "small": options.small} | line
+        line["wall_seconds"] = round(time.monotonic() - begun, 1)
+        lines.append(line)
         with results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if not line.get("done", True):
             return AGAIN
     return 1 if failed else 0
+
+
+def _expected(part: str, measurement: Measurement, lines: Sequence[Line], options: Options) -> float:
+    """Seconds that it takes, by the longest of its kind in its part; 0 where the command itself ends in time.
+
+    What nobody has timed begins in the first half of a call alone.
+    """
+    if measurement.tool in ("pipeline", "judge_images.py"):
+        return 0.0
+    alike = {each.name for each in parts()[part].measurements if each.tool == measurement.tool}
+    kin = [each for each in lines if each["part"] == part and each["name"] in alike and each["small"] == options.small]
+    return max((each.get("wall_seconds", 0.0) for each in kin), default=options.seconds / 2 + LEEWAY)
+
+
+@contextmanager
+def _compiler_cache(measurement: Measurement) -> Iterator[None]:
+    """Where asked for, an empty folder for what Inductor keeps on disk: else the second of two runs compiles nothing."""
+    if not measurement.compiles_afresh:
+        yield
+        return
+    before = os.environ.get(CACHE)
+    with tempfile.TemporaryDirectory(prefix="ncfm-compiled-") as folder:
+        os.environ[CACHE] = folder
+        try:
+            yield
+        finally:
+            del os.environ[CACHE]
+            if before is not None:
+                os.environ[CACHE] = before
 
 
 def _wanted(names: Sequence[str], known: dict[str, Part], options: Options) -> Iterator[tuple[str, Measurement]]:
@@ -306,7 +346,12 @@ def in_a_process(words: Sequence[str]) -> Line | None:
     """Run a command as a process of its own; the last line that it prints."""
     program = [] if Path(words[0]).name in ("torchrun", "sh", "bash", "python") else [sys.executable]
     _say("$ " + shlex.join([*program, *words]))
-    ended = subprocess.run([*program, *words], stdout=subprocess.PIPE, text=True)
+    environment = dict(os.environ)
+    if program:
+        # A script finds what lies beside it, and not the packages of the checkout.
+        paths = [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    ended = subprocess.run([*program, *words], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         line: Line = json.loads(ended.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -342,7 +387,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.list:
-        print("\n".join(f"{name:26}{part.about}" for name, part in known.items()))
+        width = max(map(len, known))
+        print("\n".join(f"{name:{width}}  {part.about}" for name, part in known.items()))
         return 0
     unknown = [name for name in options.parts if name not in known]
     if unknown or not options.parts:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import runpy
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,14 @@ class Enough(BaseException):
 class Stopwatch:
     """Notes the time after every so many steps of the images' optimiser."""
 
-    def __init__(self, steps: int, iterations: int) -> None:
-        self._steps, self._iterations, self._counted = steps, iterations, 0
+    def __init__(self, steps: int, iterations: int, until: float) -> None:
+        """
+        Args:
+            steps: in an iteration.
+            iterations: after which it is enough, one more than are between marks.
+            until: on `time.perf_counter`: no iteration begins that would end later, by the longest so far.
+        """
+        self._steps, self._iterations, self._until, self._counted = steps, iterations, until, 0
         self.marks: list[float] = []
 
     def note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -44,7 +52,8 @@ class Stopwatch:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
-        if len(self.marks) > self._iterations:
+        longest = max((after - before for before, after in pairwise(self.marks)), default=0.0)
+        if len(self.marks) > self._iterations or self.marks[-1] + longest > self._until:
             raise Enough
 
 
@@ -53,10 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps-an-iteration", type=int, required=True, help="optimiser steps: two for each class")
     parser.add_argument("--warmup", type=int, default=3, help="iterations before those that are timed (3)")
     parser.add_argument("--iterations", type=int, default=12, help="iterations that are timed (12)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no iteration that would end later")
     parser.add_argument("script", help="after --, with its own arguments")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
-    watch = Stopwatch(options.steps_an_iteration, options.warmup + options.iterations)
+    until = time.perf_counter() + options.seconds
+    watch = Stopwatch(options.steps_an_iteration, options.warmup + options.iterations, until)
     # As `python SCRIPT` would have it: its folder comes first, and what it prints is kept apart from the line of JSON.
     argv, out = sys.argv, sys.stdout
     sys.argv, sys.stdout = [options.script, *options.rest], sys.stderr
@@ -70,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         hook.remove()
         sys.path.pop(0)
         sys.argv, sys.stdout = argv, out
-    times = [1e3 * (after - before) for before, after in zip(watch.marks, watch.marks[1:], strict=False)]
+    times = [1e3 * (after - before) for before, after in pairwise(watch.marks)]
     timed = times[options.warmup :]
     if not timed:
         sys.stderr.write(f"error: {len(watch.marks)} iterations were seen, more than {options.warmup} are needed\n")

@@ -7,12 +7,15 @@ Maps are square; images of 28 pixels are padded to 32 by the first convolution.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 from ncfm_core.errors import Problem
 from ncfm_core.networks import NETWORKS
 from ncfm_core.spec import ModelSpec
 
+CHANNELS = (1, 3)
+"""That images may have: grey or colour."""
 POOLED_SIZE = 4
 """Side of the windows that ResNet-18 averages its last map over, and of the map that ResNet-18-AP averages its last one to."""
 
@@ -133,6 +136,29 @@ def smallest_image(model: ModelSpec) -> int:
     if model.name == "resnet18_ap":
         return 16 if model.norm == "instance" else 8
     return 1 << sum(stage.pool for stage in chain(model))
+
+
+def whole_sizes(model: ModelSpec, image_size: int) -> tuple[int, ...]:
+    """The nearest image sizes, below and above, of which no pool leaves out anything; empty where that is so already.
+
+    Args:
+        model: the network.
+        image_size: height and width of the images in pixels, not too small for it.
+    """
+    if not _leaves_out(model, image_size):
+        return ()
+    below = (size for size in range(image_size - 1, smallest_image(model) - 1, -1) if not _leaves_out(model, size))
+    above = (size for size in count(image_size + 1) if not _leaves_out(model, size))
+    return (*islice(below, 1), next(above))
+
+
+def _leaves_out(model: ModelSpec, image_size: int) -> bool:
+    """Whether a pool, which rounds down, loses the last row and column of a map."""
+    pools = {"resnet18": 0, "resnet18_ap": 3}.get(model.name)
+    if pools is None:
+        pools = sum(stage.pool for stage in chain(model))
+    last = last_map(model, image_size)[1]
+    return bool(padded(image_size) % (1 << pools) or last % pool_window(model, image_size))
 
 
 def size_problem(where: str, model: ModelSpec, image_size: int) -> Problem | None:

@@ -25,6 +25,12 @@ class Part(BaseModel):
 class UnfitError(ValueError):
     """A value that is legal as such but not beside the fields before it; raised by validators."""
 
-    def __init__(self, message: str, hint: str) -> None:
+    def __init__(self, message: str, hint: str, *, field: str = "") -> None:
+        """
+        Args:
+            message: what is wrong.
+            hint: the way out.
+            field: the one below the validated part or mapping that is at fault; empty for what was validated itself.
+        """
         super().__init__(message)
-        self.hint = hint
+        self.hint, self.field = hint, field

@@ -57,10 +57,9 @@ class SearchSpec(Part):
                 continue
             (low, high), *_ = entry.model_dump().values()
             if not low < high:
-                raise UnfitError(
-                    f"{name}: the lower bound is not below the upper one", f"Swap or spread [{low}, {high}]."
-                )
+                message = "the lower bound is not below the upper one"
+                raise UnfitError(message, f"Swap or spread [{low}, {high}].", field=name)
             if isinstance(entry, LogUniform) and low <= 0:
                 hint = f"Choose uniform for [{low}, {high}], or bounds above 0."
-                raise UnfitError(f"{name}: loguniform needs positive bounds", hint)
+                raise UnfitError("loguniform needs positive bounds", hint, field=name)
         return space

@@ -67,9 +67,10 @@ class DatasetSpec(Part):
     def _own_data_have_a_place(self) -> DatasetSpec:
         for name, value in (("uri", self.uri), ("image_size", self.image_size)):
             if self.name == "imagefolder" and value is None:
-                raise UnfitError(f"imagefolder needs {name}", f"Write it as in {_EXAMPLE}.")
+                raise UnfitError(f"imagefolder needs {name}", f"Write it as in {_EXAMPLE}.", field=name)
             if self.name != "imagefolder" and value is not None:
-                raise UnfitError(f"{name} belongs to imagefolder; {self.name} has its own", "Leave it out.")
+                message = f"{name} belongs to imagefolder; {self.name} has its own"
+                raise UnfitError(message, "Leave it out.", field=name)
         return self
 
     @model_serializer(mode="wrap")
@@ -201,11 +202,9 @@ class NcfmSpec(Part):
     @model_validator(mode="after")
     def _components_divide_frequencies(self) -> NcfmSpec:
         if self.sampler == "scale_mixture" and self.num_frequencies % self.num_components:
-            message = (
-                f"num_frequencies ({self.num_frequencies}) is not a multiple of num_components ({self.num_components})"
-            )
+            message = f"not a multiple of num_components, which is {self.num_components}"
             nearest = max(1, self.num_frequencies // self.num_components) * self.num_components
-            raise UnfitError(message, f"Choose num_frequencies {nearest}, say.")
+            raise UnfitError(message, f"Choose {nearest}, say, or other num_components.", field="num_frequencies")
         return self
 
 

@@ -42,12 +42,20 @@ HINTS = {
     "bool_type": "Write true or false.",
     "tuple_type": "Write a list.",
     "dict_type": "Write an object.",
-    "too_short": "Give {1} or more.",
+    "too_short": "Give {1} or more, or leave it out.",
     "too_long": "Give {1} or fewer.",
     "string_too_short": "Write {} or more characters.",
     "string_too_long": "Keep to {} characters.",
 }
 """The way out for what pydantic calls an error of that type; {} is the bound, or {1} where a name comes before it."""
+WORDS = {
+    "too_short": "has {2} entries, which are too few",
+    "too_long": "has {2} entries, which are too many",
+    "tuple_type": "not a list",
+    "dict_type": "not an object",
+    "model_type": "not an object",
+}
+"""What is wrong, where pydantic speaks of Python."""
 FORMS = {
     r"^[\w .:-]+$": "Use letters, digits, spaces and _ . : -.",
     r"^[^\x00-\x1f\x7f]+$": "Leave out the control characters.",
@@ -81,7 +89,10 @@ def _preset(document: Mapping[str, JsonValue], facts: DatasetFacts) -> PresetNam
     if not known:
         if preset == "paper":
             raise SpecError.of("preset", preset, f"no published values exist for {facts.name}", "Use preset: quick.")
-        raise SpecError.of("preset", preset, "unknown preset", nearest(str(preset), facts.presets))
+        hint = nearest(str(preset), facts.presets)
+        if len(facts.presets) == 1:
+            hint = f"Use {facts.presets[0]}, the only one that {facts.name} has, or leave it out."
+        raise SpecError.of("preset", preset, "unknown preset", hint)
     return known[0]
 
 
@@ -255,7 +266,8 @@ def _check_space(spec: JobSpec) -> list[Problem]:
         where = f"search.space.{name}"
         if name not in method or isinstance(method[name], dict) or name == "name":
             fields = tuple(key for key, value in method.items() if not isinstance(value, dict) and key != "name")
-            problems.append(Problem(where, "", "not a field of method that can be searched", nearest(name, fields)))
+            given = shorten(list(entry) if isinstance(entry, tuple) else entry.model_dump(mode="json"))
+            problems.append(Problem(where, given, "not a field of method that can be searched", nearest(name, fields)))
             continue
         if isinstance(entry, tuple):
             candidates = list(entry)
@@ -266,7 +278,9 @@ def _check_space(spec: JobSpec) -> list[Problem]:
             try:
                 type(spec.method).model_validate_json(json.dumps(method | {name: candidate}))
             except ValidationError as error:
-                problems.append(Problem(where, shorten(candidate), error.errors()[0]["msg"], "Narrow the space."))
+                found = _problem(error.errors(include_url=False)[0])
+                hint = found.hint if found.field == name else "Leave out what does not go together."
+                problems.append(Problem(where, shorten(candidate), found.message, hint or "Leave it out."))
     return problems
 
 
@@ -315,7 +329,10 @@ def problem_of(details: Any) -> Problem:
     if kind == "value_error":
         unfit = context["error"]
         if isinstance(unfit, UnfitError):
-            return Problem(path, "" if details["input"] is None else value, str(unfit), unfit.hint)
+            found = details["input"]
+            if unfit.field:
+                path, found = f"{path}.{unfit.field}".lstrip("."), found.get(unfit.field)
+            return Problem(path, "" if found is None else shorten(found), str(unfit), unfit.hint)
         return Problem(path, value, details["msg"].removeprefix("Value error, "), "")
     return Problem(path, value, *in_words(details, FORMS))
 
@@ -331,7 +348,8 @@ def in_words(details: Any, forms: Mapping[str, str]) -> tuple[str, str]:
     if kind == "string_pattern_mismatch":
         return "not of the form that it must have", forms.get(context["pattern"], "")
     bounds = [f"{value:g}" if isinstance(value, float) else value for value in context.values()]
-    return message[0].lower() + message[1:], HINTS.get(kind, "").format(*bounds)
+    message = WORDS[kind].format(*bounds) if kind in WORDS else message[0].lower() + message[1:]
+    return message, HINTS.get(kind, "").format(*bounds)
 
 
 def _fields_at(location: list[str | int]) -> tuple[str, ...]:

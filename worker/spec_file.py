@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import JsonValue
 
-from ncfm_core.errors import SpecError
+from ncfm_core.errors import Problem, SpecError, shorten
 from ncfm_core.spec import JobSpec
-from ncfm_core.submission import resolve
+from ncfm_core.submission import HINTS, resolve
 from worker.storage import Storage
 
 Document = dict[str, JsonValue]
@@ -150,11 +151,26 @@ def _plain(document: Any) -> Document:
     if not isinstance(document, Mapping):
         raise _wrong(document, "a submission is an object", "The smallest one is: {dataset: digits, ipc: 1}")
     try:
-        plain: Document = json.loads(json.dumps(document, allow_nan=False))
+        plain: Document = json.loads(json.dumps(document))
     except (TypeError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise _wrong(None, f"cannot be sent as JSON: {reason}", "Use finite, plain values.") from None
+        raise _wrong(None, f"cannot be sent as JSON: {reason}", "Use plain values.") from None
+    if infinite := list(_infinite(plain)):
+        # As the API says of them, which never gets them: JSON has no such numbers.
+        message = "input should be a finite number"
+        raise SpecError(*(Problem(path, shorten(value), message, HINTS["finite_number"]) for path, value in infinite))
     return plain
+
+
+def _infinite(document: Document) -> Iterator[tuple[str, float]]:
+    """Dotted path and value of every number that is none; without recursion."""
+    places: list[tuple[str, JsonValue]] = [("", document)]
+    while places:
+        path, place = places.pop()
+        if isinstance(place, float) and not math.isfinite(place):
+            yield path, place
+        inside = place.items() if isinstance(place, dict) else enumerate(place) if isinstance(place, list) else ()
+        places += [(f"{path}.{name}".lstrip("."), value) for name, value in reversed(list(inside))]
 
 
 def _wrong(value: object, message: str, hint: str = "", *, field: str = "spec") -> SpecError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ PARTS = (
 """The regions that `distill` names."""
 WHOLE = "bench"
 OTHER = "other"
+ABOVE_ALL_LOGS = "99"
+"""The levels of Kineto end with 5."""
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
@@ -52,6 +55,9 @@ def profiled(advance: Callable[[], None], device: torch.device) -> Shares:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
+    else:
+        # Kineto reads it at its first use. It looks for a GPU whatever it is to profile, and calls it an error to find none.
+        os.environ.setdefault("KINETO_LOG_LEVEL", ABOVE_ALL_LOGS)
     with profile(activities=activities) as profiler, record_function(WHOLE):
         advance()
     with tempfile.TemporaryDirectory() as folder:

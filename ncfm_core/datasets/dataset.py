@@ -16,6 +16,7 @@ from torch import Tensor
 from ncfm_core.catalog import DatasetFacts
 from ncfm_core.datasets.pixels import as_bytes, map_pixels, statistics
 from ncfm_core.errors import DatasetError, SpecError, shorten
+from ncfm_core.geometry import CHANNELS
 from ncfm_core.rng import generator, moved
 
 CHUNK = 4096
@@ -98,10 +99,13 @@ class Dataset:
                 found = f"{images.pixels.dtype} of shape {tuple(images.pixels.shape)}"
                 hint = "Dataset.from_tensors takes floats in [0, 1] as well."
                 raise _wrong(self.name, f"{part} images must be uint8 of shape (N, channels, H, W), not {found}", hint)
-            _, _, height, width = images.pixels.shape
+            _, channels, height, width = images.pixels.shape
             if height != width:
                 hint = "Scale and cut them to one size."
                 raise _wrong(self.name, f"{part} images of {height}x{width} pixels are not square", hint)
+            if channels not in CHANNELS:
+                hint = "Give grey ones (1 channel) or colour ones (3)."
+                raise _wrong(self.name, f"{part} images have {channels} channels", hint)
             _check_labels(labels, part, self.name)
             if labels.dtype != torch.int64:
                 raise _wrong(self.name, f"{part} labels must be int64, not {labels.dtype}", "Convert them.")
@@ -125,11 +129,12 @@ class Dataset:
             class_names: in the order of the labels.
 
         Raises:
-            DatasetError: pixels are not finite or not in [0, 1], images are not square or not all of one shape, or labels are not
-                whole numbers, or do not fit the images or the classes.
+            DatasetError: they are no tensors, pixels are not finite or not in [0, 1], images are not square, not all of one shape
+                or of neither 1 nor 3 channels, or labels are not whole numbers, or do not fit the images or the classes.
         """
-        for part, (_, labels) in (("training", train), ("test", test)):
-            _check_labels(labels, part, name)
+        for part, pair in (("training", train), ("test", test)):
+            _check_tensors(pair, part, name)
+            _check_labels(pair[1], part, name)
         (train_images, train_labels), (test_images, test_labels) = (
             (as_bytes(images, name), labels.to(torch.int64)) for images, labels in (train, test)
         )
@@ -341,6 +346,26 @@ def identity(name: str, class_names: Sequence[str]) -> str:
     Their class names are published, and their statistics are taken from the pixels, by a rule that has the version 1.
     """
     return json.dumps([name, "statistics 1", list(class_names)])
+
+
+def _check_tensors(pair: object, part: str, name: str) -> None:
+    """See that they are images and labels, both tensors.
+
+    Raises:
+        DatasetError: it is not so.
+    """
+    if not (isinstance(pair, tuple | list) and len(pair) == 2):
+        message = f"{part} data are not images and labels, but {type(pair).__name__}"
+        raise _wrong(name, message, "Give a pair: (images, labels).")
+    for what, given in zip(("images", "labels"), pair, strict=True):
+        if isinstance(given, Tensor):
+            continue
+        hint = "Convert them: torch.from_numpy(...)."
+        if isinstance(given, list | tuple):
+            hint = "Convert them: torch.tensor(labels)."
+            if what == "images":
+                hint = "Bring them to one size and stack them: torch.stack(images)."
+        raise _wrong(name, f"{part} {what} are {type(given).__name__} {shorten(given)}, not a tensor", hint)
 
 
 def _check_labels(labels: Tensor, part: str, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ncfm_core.errors import SpecError
-from ncfm_core.geometry import size_problem
+from ncfm_core.geometry import CHANNELS, size_problem
 from ncfm_core.models.alexnet import AlexNet
 from ncfm_core.models.convnet import ConvNet
 from ncfm_core.models.network import Network, initialise
@@ -37,11 +37,15 @@ def build_model(
         draw: all initial weights come from it, see `initialise`.
 
     Raises:
-        SpecError: images are too small for the network, or not square.
+        SpecError: images are too small for the network, not square, or of neither 1 nor 3 channels.
     """
     channels, image_size, width = image_shape
     if width != image_size:
         raise SpecError.of("image_shape", image_shape, "images are not square", "Scale and cut them to one size.")
+    if channels not in CHANNELS:
+        raise SpecError.of(
+            "image_shape", image_shape, f"images have {channels} channels", "Give grey (1) or colour (3)."
+        )
     if (too_small := size_problem("model", spec, image_size)) is not None:
         raise SpecError(too_small)
     with torch.device("meta"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ def made(
         ({"test": (6, 3, 12, 8)}, "test images of 12x8 pixels are not square"),
         ({"test": (6, 3, 12, 12)}, r"training images have the shape \(3, 8, 8\), test images \(3, 12, 12\)"),
         ({"test": (6, 1, 8, 8)}, r"test images \(1, 8, 8\)"),
+        ({"train": (6, 2, 8, 8), "test": (6, 2, 8, 8)}, r"training images have 2 channels.*1 channel\) or colour ones"),
+        ({"train": (6, 4, 8, 8)}, "training images have 4 channels"),
         ({"train": (6, 8, 8)}, r"must be uint8 of shape \(N, channels, H, W\)"),
         ({"train": (6,)}, r"must be uint8 of shape \(N, channels, H, W\)"),
         (
@@ -51,6 +55,35 @@ def test_images_and_labels_that_do_not_go_together_are_refused(changes: dict[str
     with pytest.raises(DatasetError, match=says) as caught:
         made(**changes)
     assert caught.value.problems[0].field == "dataset.name" and caught.value.problems[0].hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"images": np.zeros((6, 3, 8, 8), np.uint8)}, r"training images are ndarray array.*not a tensor.*from_numpy"),
+        (
+            {"images": [torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)]},
+            r"training images are list .*one size.*torch\.stack",
+        ),
+        ({"images": None}, "training images are NoneType None, not a tensor"),
+        ({"labels": [0, 1]}, r"training labels are list \[0, 1\], not a tensor.*torch\.tensor\(labels\)"),
+        ({"labels": np.array([0, 1])}, "training labels are ndarray .*from_numpy"),
+    ],
+    ids=str,
+)
+def test_what_is_no_tensor_is_refused(changes: dict[str, Any], says: str) -> None:
+    dataset = made()
+    given = {"images": dataset.train_images, "labels": dataset.train_labels} | changes
+    good = (dataset.test_images, dataset.test_labels)
+    pair = (given["images"], given["labels"])
+    with pytest.raises(DatasetError, match=re.compile(says, re.DOTALL)) as caught:
+        Dataset.from_tensors("own", train=pair, test=good, class_names=["a", "b"])
+    (problem,) = caught.value.problems
+    assert (problem.field, problem.value) == ("dataset.name", "'own'") and problem.hint
+    with pytest.raises(DatasetError, match=re.compile(says.replace("training", "test"), re.DOTALL)):
+        Dataset.from_tensors("own", train=good, test=pair, class_names=["a", "b"])
+    with pytest.raises(DatasetError, match=r"test data are not images and labels, but Tensor.*\(images, labels\)"):
+        Dataset.from_tensors("own", train=good, test=good[0], class_names=["a", "b"])  # type: ignore[arg-type]
 
 
 def test_whole_numbers_of_any_kind_are_labels() -> None:
@@ -98,6 +131,12 @@ def test_factor_that_does_not_divide_the_images_is_refused(spec: JobSpec) -> Non
 def test_images_too_small_for_the_network_are_refused(model: ModelSpec, size: int, says: str) -> None:
     with pytest.raises(SpecError, match=says):
         build_model(model, image_shape=(3, size, size), num_classes=2, draw=generator(0, "init"))
+
+
+def test_network_for_images_of_two_channels_is_refused() -> None:
+    model = ModelSpec(name="convnet", depth=1, width=4, norm="instance")
+    with pytest.raises(SpecError, match=r"image_shape: images have 2 channels \(got \(2, 8, 8\)\)\. Give grey"):
+        build_model(model, image_shape=(2, 8, 8), num_classes=2, draw=generator(0, "init"))
 
 
 def test_network_for_images_that_are_not_square_is_refused() -> None:

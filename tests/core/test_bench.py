@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,15 @@ def test_a_gpu_is_waited_for_after_groups_of_windows_and_a_cpu_after_each(
     kind: str, reuse: int, steps: int | None, expected: tuple[int, int]
 ) -> None:
     assert grouping(kind, reuse=reuse, steps=steps) == expected
+
+
+def test_profiler_says_nothing_on_a_cpu() -> None:
+    """Kineto reads its level once a process, so this one is of its own."""
+    words = [sys.executable, "-m", "ncfm_core.bench", "step", *COMMAND, "--steps", "1", "--warmup", "1"]
+    plain = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    ended = subprocess.run(words, capture_output=True, text=True, check=True, env=plain)
+    assert json.loads(ended.stdout)["parts_clock"] == "wall"
+    assert not [line for line in ended.stderr.splitlines() if line.partition(":")[0].isupper()]
 
 
 def test_nothing_is_reported_or_waited_for_inside_a_group(monkeypatch: pytest.MonkeyPatch) -> None:

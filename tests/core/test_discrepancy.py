@@ -98,13 +98,19 @@ def test_gradient_of_every_term_with_respect_to_features_is_right(term: str) -> 
     assert torch.autograd.gradcheck(lambda x: target.gaps(x, slice(0, 3)), (synthetic,))
 
 
-@pytest.mark.parametrize("term", ["gap", "mean"])
-def test_gradient_at_zero_gap_is_right(term: str) -> None:
-    """The root is as good as flat within sqrt(EPSILON) of zero: steps of the numerical derivative stay below that."""
+@pytest.mark.parametrize(("term", "step"), [("gap", 1e-8), ("split gap", 1e-6), ("mean", 1e-8)])
+def test_gradient_at_zero_gap_is_right(term: str, step: float) -> None:
+    """The root is as good as flat within sqrt(EPSILON) of zero: steps of the numerical derivative stay near that.
+
+    In the split form amplitudes cancel, which leaves an error of about 1e-10 to be divided by the step.
+    """
     same = features("real", 6)
     target = targets(same)[term]
     assert torch.autograd.gradcheck(
-        lambda x: target.gaps(x, slice(0, 3)), (same.clone().requires_grad_(True),), eps=1e-8, atol=1e-4
+        lambda x: target.gaps(x, slice(0, 3)),
+        (same.clone().requires_grad_(True),),
+        eps=step,
+        atol=1e-3 if term == "split gap" else 1e-4,
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,6 +93,54 @@ def test_update_of_a_class_does_not_depend_on_the_other_classes_images(
             pass
     torch.testing.assert_close(plain.synthetic.images[0], disturbed.synthetic.images[0], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(plain.synthetic.images[1], disturbed.synthetic.images[1], atol=1e-2)
+
+
+def first_classes(dataset: Dataset, number: int) -> Dataset:
+    """Its first classes, each cut to its first 100 training images: draws are made for the largest class of all."""
+    members = dataset.members[:number, :100].flatten()
+    tested = dataset.test_labels < number
+    return replace(
+        dataset,
+        train_images=dataset.train_images[members],
+        train_labels=dataset.train_labels[members],
+        test_images=dataset.test_images[tested],
+        test_labels=dataset.test_labels[tested],
+        class_names=dataset.class_names[:number],
+    )
+
+
+@pytest.mark.parametrize("ipc", [1, 2])
+@pytest.mark.parametrize("discrepancy", ["characteristic", "mean"])
+def test_update_of_a_class_does_not_depend_on_how_many_classes_there_are(
+    digits: Dataset, spec: JobSpec, discrepancy: str, ipc: int
+) -> None:
+    """Alone, among 3, among 10: the same draws, for each is a row of its own, and the same path. Psi, which hears all classes,
+    and calibration, whose logits are of all classes, are rightly left out."""
+    method = changed(
+        spec, discrepancy=discrepancy, sampler="gaussian", schedule="constant", calibration_weight=0.0, init="real"
+    )
+    teachers = []
+    for index in range(2):
+        teacher = TeacherTraining(digits, spec.model, spec.teachers.training, seed=0, index=index, device=CPU)
+        list(teacher.run(until=20))
+        teachers.append(teacher.result())
+    paths = []
+    for number in (1, 3, 10):
+        fewer = first_classes(digits, number)
+        cut = [
+            {name: value[:number] if ".classifier." in name else value for name, value in each.items()}
+            for each in teachers
+        ]
+        run = distillation(fewer, TeacherPool(spec.model, fewer, cut, CPU), method, ipc=ipc)
+        before = run.synthetic.images[:ipc].detach().clone()
+        for _ in run.run(until=7):
+            pass
+        assert run.execution.block == number
+        paths.append((before, run.synthetic.images[:ipc].detach()))
+    for before, after in paths[:2]:
+        assert torch.equal(before, paths[2][0])
+        assert (after - before).abs().mean() > 0.005
+        torch.testing.assert_close(after, paths[2][1], atol=1e-5, rtol=1e-4)
 
 
 def test_psi_moves_and_reports_its_gain(digits: Dataset, pool: TeacherPool, spec: JobSpec) -> None:

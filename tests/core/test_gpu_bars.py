@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +145,84 @@ def test_every_part_runs_scaled_down(
     assert len((given.out / "results.jsonl").read_text().splitlines()) == len(lines)
 
 
+def test_script_runs_where_the_package_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    monkeypatch.setenv("PYTHONPATH", sysconfig.get_paths()["purelib"])
+    monkeypatch.chdir(tmp_path)
+    assert subprocess.run([bare, "-c", "import torch"]).returncode == 0
+    assert subprocess.run([bare, "-c", "import ncfm_core"], stderr=subprocess.DEVNULL).returncode == 1
+    (measurement,) = parts()["students"].measurements
+    line = gpu_bars.in_a_process(command("students", measurement, options(tmp_path, small=True), 400))
+    assert line is not None and line["bench"] == "students"
+
+
+def test_each_compiled_run_finds_an_empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one cache the longer run would compile nothing, and both together tell neither epoch nor compiler."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    seen: list[str] = []
+
+    def noted(words: Sequence[str]) -> dict[str, Any]:
+        seen.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        if seen[-1] != "mine":
+            assert not list(Path(seen[-1]).iterdir())
+        return {}
+
+    assert run(["compile"], options(tmp_path), noted) == 0
+    assert len(set(seen)) == len(seen) == 4 and "mine" not in seen and not any(Path(each).exists() for each in seen)
+    assert run(["students"], options(tmp_path), noted) == 0 and seen[-1] == "mine"
+
+
+def test_nothing_begins_that_would_outlast_its_call(
+    tmp_path: Path, reader: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, took, seen = 0.0, {"released": 190.0, "ours": 20.0}, []
+    monkeypatch.setattr("examples.gpu_bars.time.monotonic", lambda: now)
+
+    def slow(words: Sequence[str]) -> dict[str, Any]:
+        nonlocal now
+        seen.append("ours" if words[0] == "-m" else "released")
+        now += took[seen[-1]]
+        return {}
+
+    given, calls = options(tmp_path, seconds=400, released=reader), []
+    while (code := run(["step-cifar10"], given, slow)) == AGAIN:
+        calls.append(now)
+        now = 0.0
+    assert code == 0 and len(seen) == 2 * gpu_bars.ROUNDS + 1, "each once"
+    assert max(calls) <= 400 + gpu_bars.LEEWAY
+    lines = [json.loads(line) for line in (given.out / "results.jsonl").read_text().splitlines()]
+    assert {line["wall_seconds"] for line in lines} == set(took.values())
+
+    took["released"], seen[:], now = 1000.0, [], 0.0
+    long = options(tmp_path / "long", seconds=400, released=reader)
+    assert run(["step-cifar10"], long, slow) == AGAIN and seen == ["released"], "a call does at least something"
+
+
+def test_released_code_begins_no_iteration_that_would_end_too_late(
+    tmp_path: Path, reader: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert here(["released_step.py", "--seconds", "3600", *reader["step-cifar10"].split()[1:]])
+    now = 0.0
+    monkeypatch.setattr("examples.released_step.time.perf_counter", lambda: now)
+    watch = released_step.Stopwatch(1, 100, until=10)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(released_step.Enough):
+        for _ in range(100):
+            now += 3
+            watch.note(optimizer)
+    assert watch.marks == [3, 6, 9]
+    filled = command(
+        "step-cifar10",
+        Measurement("a", "released", (), released="a"),
+        options(tmp_path, released={"a": "sh -c 'x --seconds {seconds} -- y'"}),
+        123.4,
+    )
+    assert filled == ["sh", "-c", "x --seconds 123 -- y"]
+
+
 def test_part_that_runs_out_of_time_goes_on(tmp_path: Path, reader: dict[str, str]) -> None:
     calls = 0
 
@@ -181,7 +262,8 @@ def test_failure_does_not_end_the_others(tmp_path: Path) -> None:
 
 def test_command_line_names_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_bars.main(["--list"]) == 0
-    assert all(name in capsys.readouterr().out for name in ["memory-cifar100"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines] == list(parts()), "two spaces or more behind every name"
     with pytest.raises(SystemExit):
         gpu_bars.main(["step"])
     assert small(Measurement("a", "released", ())).tool == "released"

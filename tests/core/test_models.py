@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.overrides import TorchFunctionMode
 
 from ncfm_core.cost import forward
-from ncfm_core.geometry import last_map, num_features, padded, smallest_image
+from ncfm_core.geometry import last_map, num_features, padded, smallest_image, whole_sizes
 from ncfm_core.models import MODELS, Network, build_model
 from ncfm_core.networks import NETWORKS, NetworkName, Norm
 from ncfm_core.rng import generator
@@ -72,6 +75,37 @@ def test_maps_features_and_logits_have_the_shapes_that_the_geometry_says(
 )
 def test_features_are_as_many_as_in_the_literature(name: NetworkName, size: int, features: int) -> None:
     assert num_features(model_spec(name, size=size, width=NETWORKS[name].width), size) == features
+
+
+class Pools(TorchFunctionMode):
+    """Sees whether a pool gets a map that its windows do not cover."""
+
+    leave_out = False
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function.__name__ in ("avg_pool2d", "max_pool2d"):
+            self.leave_out |= args[0].shape[-1] % args[1] != 0
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sizes_of_which_no_pool_leaves_out_anything_are_known(name: NetworkName) -> None:
+    spec = ModelSpec(name=name, depth=3 if name == "convnet" else None, width=4, norm="group")
+    whole = {}
+    for size in (*range(8, 73), 96, 100):
+        if padded(size) < smallest_image(spec):
+            continue
+        with Pools() as pools:
+            build(spec, size=size).features(torch.zeros(1, 3, size, size))
+        whole[size] = not pools.leave_out
+        assert (whole_sizes(spec, size) == ()) is whole[size], size
+    for size in range(33, 64):
+        if not whole[size]:
+            below = max(each for each in whole if each < size and whole[each])
+            above = min(each for each in whole if each > size and whole[each])
+            assert whole_sizes(spec, size) == (below, above), size
 
 
 def test_convnet_6_rounds_down_at_224_pixels() -> None:

@@ -78,6 +78,20 @@ def test_submit_when_it_would_take_days_warns_and_names_the_way_out(client: http
     assert submit(client)["warnings"] == []
 
 
+def test_submit_when_pools_leave_out_rows_warns_and_names_the_sizes_that_lose_nothing(client: httpx.Client) -> None:
+    dataset = {"name": "imagefolder", "uri": "/data/birds.tar", "image_size": 30}
+    evaluate = [{}, {"model": {"width": 64}}, {"model": "resnet18"}, {"model": "alexnet"}]
+    body = {"dataset": dataset, "ipc": 1, "preset": "quick", "model": {"depth": 3}, "evaluate": evaluate}
+    left_out = "round down and leave out rows and columns of images of 30 pixels"
+    assert [each for each in submit(client, body)["warnings"] if "pools" in each] == [
+        f"model: the pools of convnet-3, width 32 {left_out}; 28 or 32 pixels would lose nothing.",
+        f"evaluate.1.model: the pools of convnet-3, width 64 {left_out}; 28 or 32 pixels would lose nothing.",
+        f"evaluate.3.model: the pools of alexnet, width 16 {left_out}; 28 or 32 pixels would lose nothing.",
+    ]
+    whole = body | {"dataset": dataset | {"image_size": 32}}
+    assert not [each for each in submit(client, whole)["warnings"] if "pools" in each]
+
+
 def test_get_job_when_running_and_done_shows_progress_and_figures(
     client: httpx.Client, api_store: Store, api_storage: Storage
 ) -> None:
