@@ -278,7 +278,7 @@ def _check_space(spec: JobSpec) -> list[Problem]:
             try:
                 type(spec.method).model_validate_json(json.dumps(method | {name: candidate}))
             except ValidationError as error:
-                found = _problem(error.errors(include_url=False)[0])
+                found = problem_of(error.errors(include_url=False)[0])
                 hint = found.hint if found.field == name else "Leave out what does not go together."
                 problems.append(Problem(where, shorten(candidate), found.message, hint or "Leave it out."))
     return problems
