@@ -160,6 +160,8 @@ class AttemptStatus(Record):
     """How often it has put in store what no attempt before it had: a stage result, or a checkpoint further than all others."""
     gpus: float | None = None
     """What each task takes; None before that is known."""
+    is_tracked: bool = False
+    """Whether it writes to an MLflow server, which may have a run of it that nobody was told of yet."""
 
 
 class StopRequest(Record):

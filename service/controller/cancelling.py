@@ -134,7 +134,7 @@ def _end(attempt: Attempt, message: str, detail: dict[str, JsonValue]) -> Move:
     run = changes.get("mlflow_run_id")
     with_run = job if run is None else job.model_copy(update={"mlflow_run_id": run})
     stopped = result if result is not None and result.outcome == "stopped" else None
-    changes["publication"] = publication(with_run, stopped)
+    changes["publication"] = publication(with_run, stopped, attempt.status)
     if attempt.has_checkpoints is not None:
         message = f"{message}; {KEPT if attempt.has_checkpoints else NOT_KEPT}"
         detail = detail | {"checkpoint": "kept" if attempt.has_checkpoints else "none"}

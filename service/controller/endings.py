@@ -51,7 +51,13 @@ def ended(attempt: Attempt, result: AttemptResult, snapshot: Snapshot, policy: P
         changes |= {"retry_at": snapshot.now + pause}
         return Move(job, State.RECOVERING, Reason.EXCEEDS_CLUSTER, waiting, changes)
     reason = Reason.INTERNAL if error.code == "internal" else Reason.USER_ERROR
-    return Move(job, State.FAILED, reason, message, changes | {"error": error, "publication": publication(job, result)})
+    return Move(
+        job,
+        State.FAILED,
+        reason,
+        message,
+        changes | {"error": error, "publication": publication(job, result, attempt.status)},
+    )
 
 
 def lost(attempt: Attempt, snapshot: Snapshot, policy: Policy) -> Move:
@@ -101,11 +107,14 @@ def has_progressed(attempt: Attempt) -> bool:
 
 
 def publication(job: Job, result: AttemptResult | None, status: AttemptStatus | None = None) -> str:
-    """Where the MLflow run of a job stands that ends without a set: whoever has begun one must close it."""
+    """Where the MLflow run of a job stands that ends without a set: whoever has begun one must close it.
+
+    A driver that died, or that MLflow did not answer, may have begun one that nobody knows: the publisher looks for it.
+    """
     if result is not None and result.publication == "done":
         return "done"
     told = [each.mlflow_run_id for each in (status, result) if each is not None]
-    has_run = job.mlflow_run_id or any(told)
+    has_run = job.mlflow_run_id or any(told) or (status is not None and status.is_tracked)
     return "pending" if has_run else "none"
 
 

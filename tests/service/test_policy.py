@@ -274,6 +274,13 @@ def test_decide_when_a_job_ends_without_a_set_its_run_is_to_be_closed() -> None:
     bare = follow(a_job(State.STARTING), ray=REFUSED)
     assert isinstance(bare, Move)
     assert bare.changes["publication"] == "none"
+    unsure = a_status().model_copy(update={"mlflow_run_id": None, "is_tracked": True})
+    for lost in (
+        follow(a_job(State.RUNNING, losses=POLICY.max_infra_retries), ray=KILLED, status=unsure, silent_s=11.0),
+        climb(asked(9), ray=STOPPED, remains=(), status=unsure, silent_s=11.0),
+    ):
+        assert isinstance(lost, Move)
+        assert lost.changes["publication"] == "pending", "MLflow may have a run that nobody was told of"
     late = follow(a_job(State.RUNNING), ray=ENDED, result=a_result().model_copy(update={"publication": "pending"}))
     assert isinstance(late, Move)
     assert (late.to, late.changes["publication"]) == (State.SUCCEEDED, "pending")

@@ -64,6 +64,8 @@ class Board:
         self.warnings: list[str] = []
         self.mlflow_run_id: str | None = None
         self.mlflow_url: str | None = None
+        self.is_tracked = False
+        """Whether there is an MLflow server to write to."""
         self.data: dict[str, JsonValue] | None = None
         """What the inspection found."""
         self.gpus: float | None = None
@@ -177,6 +179,7 @@ class Board:
                 mlflow_url=self.mlflow_url,
                 kept=self._kept,
                 gpus=self.gpus,
+                is_tracked=self.is_tracked,
             )
 
 

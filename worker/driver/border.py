@@ -46,7 +46,7 @@ def drive(
     started = time.monotonic()
     document = assignment.spec.model_dump_json(indent=1).encode() + b"\n"
     # Said from the first status on: also of an attempt that is lost before it has seen the cluster.
-    board.gpus = assignment.gpus
+    board.gpus, board.is_tracked = assignment.gpus, tracker is not None
     reporter = Reporter(board, tracker)
     with DriverLog(storage, assignment.job_id, assignment.attempt) as kept, StatusWriter(board, storage, kept.flush):
         if tracker is None:
