@@ -104,14 +104,15 @@ def run(
         spec = spec.model_copy(update={"evaluate": (entry,)})
         accuracies = judged(dataset, spec, dataset.train_images, dataset.train_labels)
         return {"accuracy": statistics.fmean(accuracies), "students": accuracies, "distill_seconds": 0.0}
-    pool = teachers(dataset, spec, folder)
     if baseline is not None:
         if baseline == "random_real":
             images, labels = random_real(dataset, ipc=spec.ipc, seed=spec.seed)
         else:
+            pool = teachers(dataset, spec, folder)
             images, labels = coreset(baseline, dataset, pool, ipc=spec.ipc, device=CPU)  # type: ignore[arg-type]
         accuracies = judged(dataset, spec, images, labels)
         return {"accuracy": statistics.fmean(accuracies), "students": accuracies, "distill_seconds": 0.0}
+    pool = teachers(dataset, spec, folder)
     task = Distillation(dataset, pool, spec.method, ipc=spec.ipc, seed=spec.seed, device=CPU)
     reports: list[dict[str, float]] = []
     judgements = []
@@ -146,7 +147,9 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--at", type=steps, default=[])
     parser.add_argument("--fine-tune", type=steps, default=[])
-    parser.add_argument("--base", type=json.loads, default={}, help="submission that every variant shares")
+    parser.add_argument(
+        "--base", type=json.loads, default={}, help="submission that every variant shares; `evaluate` is its one entry"
+    )
     parser.add_argument("variants", nargs="+", type=json.loads)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -160,7 +163,7 @@ def main() -> None:
             chosen = dict(variant)
             baseline = chosen.pop("baseline", None)
             body["method"] = asked.base.get("method", {}) | chosen
-            body["evaluate"] = [{"students": asked.students}]
+            body["evaluate"] = [asked.base.get("evaluate", {}) | {"students": asked.students}]
             spec = resolve(body)
             looks = [asked.at, asked.fine_tune] if asked.at or asked.fine_tune else []
             key = digest([spec.document(), asked.held_out, baseline, *looks])
@@ -173,6 +176,8 @@ def main() -> None:
                 "seed": seed,
                 "variant": asked.base.get("method", {}) | variant,
             }
+            shared = {name: value for name, value in asked.base.items() if name != "method"}
+            line |= {"base": shared} if shared else {}
             line |= {"held_out": asked.held_out, "torch": torch.__version__} | run(
                 dataset, spec, asked.cache, baseline, asked.at, asked.fine_tune
             )
