@@ -7,8 +7,10 @@ and the time between rounds is the test's.
 from __future__ import annotations
 
 import tempfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -28,6 +30,10 @@ from worker.storage import Storage
 TERMINAL = {str(state) for state in State if state.is_terminal}
 DRAIN_ROUNDS = 400
 NUMBER = st.integers(0, 999)
+HUGE = 64
+"""CPUs of a job that fits only once the cluster has grown."""
+SAME_MOMENT = 0.01
+"""Seconds between two posts whose order nobody can know."""
 
 
 class AwayStorage(Storage):
@@ -71,6 +77,9 @@ class Service(RuleBasedStateMachine):
         self.client = TestClient(create_app(self.world.settings), base_url="http://127.0.0.1")
         self.client.__enter__()
         self.specs: dict[str, dict[str, JsonValue] | None] = {}
+        self.priorities: dict[str, int] = {}
+        self.posted: dict[str, float] = {}
+        """When each job was, in seconds; with its priority that is its place in the queue."""
         self.keys: dict[str, str] = {}
         self.ends: dict[str, str] = {}
         self.deleted: set[str] = set()
@@ -90,7 +99,8 @@ class Service(RuleBasedStateMachine):
     def submit(self, number: int, priority: int, is_huge: bool) -> None:
         """A key may come again, with the same body or another one."""
         key = f"key-{number}"
-        body = {"dataset": "digits", "ipc": 1, "seed": number, "resources": {"cpus": 64 if is_huge else 1}}
+        resources = {"cpus": HUGE if is_huge else 1}
+        body = {"dataset": "digits", "ipc": 1, "seed": number, "resources": resources, "priority": priority}
         answer = self.client.post("/jobs", json=body, headers={"Idempotency-Key": key})
         if key in self.keys:
             is_same = answer.status_code in (200, 201)
@@ -103,7 +113,9 @@ class Service(RuleBasedStateMachine):
             return
         assert answer.status_code == 201, answer.text
         told = answer.json()
-        assert told["id"] not in self.specs
+        assert told["id"] not in self.specs and told["priority"] == priority
+        self.priorities[told["id"]] = priority
+        self.posted[told["id"]] = datetime.fromisoformat(told["created_at"]).timestamp()
         self.keys[key], self.specs[told["id"]] = told["id"], told["spec"]
 
     @precondition(lambda self: self.specs)
@@ -133,8 +145,12 @@ class Service(RuleBasedStateMachine):
     @precondition(lambda self: self.specs)
     @rule(number=NUMBER, priority=st.integers(0, 100))
     def change(self, number: int, priority: int) -> None:
-        answer = self.client.patch(f"/jobs/{self._job(number)}", json={"priority": priority})
+        job_id = self._job(number)
+        answer = self.client.patch(f"/jobs/{job_id}", json={"priority": priority})
         assert answer.status_code in (200, 404, 409), answer.text
+        if answer.status_code == 200:
+            self.priorities[job_id] = priority
+            self._shown(job_id)
 
     @precondition(lambda self: self.specs)
     @rule(number=NUMBER)
@@ -163,12 +179,17 @@ class Service(RuleBasedStateMachine):
             self.world.seconds += seconds / rounds
 
     def _round(self) -> None:
-        """One round of the controller; no end as cancelled is published while Ray knows of anything that is left."""
+        """One round of the controller; no end as cancelled is published while Ray knows of anything that is left, and no job
+        starts before another one that fits and waits before it."""
         left, known = dict(self.world.cluster.left), set(self.world.cluster.jobs)
         self.world.controller.round()
+        waiting = [job_id for job_id in self.specs if self._is_waiting(job_id)]
         for job_id in self.specs:
             for event in self.world.store.events(job_id, after=self.seen.get(job_id, 0), limit=1000):
                 self.seen[job_id] = event.seq
+                if event.data.get("to") == "starting" and event.data["from"] == "queued":
+                    ahead = [other for other in waiting if self._place(other) < self._place(job_id) - SAME_MOMENT]
+                    assert not ahead, f"{job_id} starts, and {ahead} wait before it"
                 if event.data.get("to") == "cancelled" and event.data["from"] != "queued":
                     alive = [name for name in left if name.startswith(job_id) and name in known]
                     assert not alive, f"{job_id} is cancelled, and {alive} live"
@@ -180,14 +201,11 @@ class Service(RuleBasedStateMachine):
         number=NUMBER, does=st.sampled_from(["beat", "beat", "succeed", "fail", "fail_for_now", "die", "die_of_spec"])
     )
     def drive(self, number: int, does: str) -> None:
-        """A driver says something, or ends without a word. What it says reaches the storage root, whatever we see of that."""
+        """A driver says something, or ends without a word."""
         drivers = self._drivers()
         if not drivers:
             return
-        name = drivers[number % len(drivers)]
-        is_away, self.storage.is_away = self.storage.is_away, False
-        self._drive(name, does)
-        self.storage.is_away = is_away
+        self._drive(drivers[number % len(drivers)], does)
 
     @precondition(lambda self: self._drivers())
     @rule(number=NUMBER, does=st.sampled_from(["beat", "succeed", "die", "fail_for_now"]))
@@ -206,6 +224,12 @@ class Service(RuleBasedStateMachine):
         self.drive(number, does)
 
     def _drive(self, name: str, does: str) -> None:
+        """What a driver says reaches the storage root, whatever we see of that."""
+        is_away, self.storage.is_away = self.storage.is_away, False
+        self._say(name, does)
+        self.storage.is_away = is_away
+
+    def _say(self, name: str, does: str) -> None:
         cluster = self.world.cluster
         driver = self._driver(name)
         if name in cluster.jobs:
@@ -280,7 +304,9 @@ class Service(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         try:
-            self._heal()
+            # The time that workers of a forgotten driver are given is counted by the clock on the wall.
+            with patch("service.controller.looking.ORPHANED_S", 0.0):
+                self._heal()
             log = ClientLog(acknowledged=self.specs, keys=list(self.keys.items()))
             check(self.world.store, self.storage, log=log, all_ended=True)
             found = [each for each in examine(self.world.store, self.storage, deep=True) if each.level == "error"]
@@ -296,7 +322,7 @@ class Service(RuleBasedStateMachine):
         """Everything is back, and all that waits is done."""
         self.storage.is_away = self.world.cluster.is_away = False
         self.world.cluster.left.clear()
-        self.world.cluster.cpus = 64.0
+        self.world.cluster.cpus = float(HUGE)
         for name in list(self.forgotten):
             self.forgotten.discard(name)
         for _ in range(DRAIN_ROUNDS):
@@ -308,7 +334,7 @@ class Service(RuleBasedStateMachine):
             self.publish(0, 0)
             for job in map(self._stored, self.specs):
                 if job.publish_at is not None and job.publication == "pending":
-                    # The one pause that is counted by the clock on the wall.
+                    # Another pause that is counted by that clock.
                     self.world.store.report(job, publish_at=None)
             self._round()
             self.world.seconds += 6
@@ -329,6 +355,15 @@ class Service(RuleBasedStateMachine):
     def _job(self, number: int) -> str:
         return sorted(self.specs)[number % len(self.specs)]
 
+    def _place(self, job_id: str) -> float:
+        """In the queue, lower first: a point of priority is worth a minute of waiting (docs/service.md)."""
+        return self.posted[job_id] - 60 * self.priorities[job_id]
+
+    def _is_waiting(self, job_id: str) -> bool:
+        """Whether it is in the queue, and the cluster is large enough for it."""
+        job = self._stored(job_id)
+        return job.state is State.QUEUED and job.demand.cpus <= self.world.cluster.cpus
+
     def _stored(self, job_id: str) -> Job:
         job = self.world.store.get(job_id, deleted=True)
         assert job is not None, "acknowledged, and lost"
@@ -339,7 +374,7 @@ class Service(RuleBasedStateMachine):
         answer = self.client.get(f"/jobs/{job_id}")
         assert answer.status_code == 200, answer.text
         told: dict[str, Any] = answer.json()
-        assert told["spec"] == self.specs[job_id]
+        assert told["spec"] == self.specs[job_id] and told["priority"] == self.priorities[job_id]
         if told["state"] in TERMINAL:
             assert self.ends.setdefault(job_id, told["state"]) == told["state"], "an end is final"
         else:
