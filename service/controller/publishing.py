@@ -36,7 +36,9 @@ def _over(publication: Publication, snapshot: Snapshot, policy: Policy) -> Publi
     job, ray = publication.job, publication.ray
     assert ray is not None
     if ray.exit_code == 0 or (ray.exit_code is None and ray.status == "SUCCEEDED"):
-        return Published(job, "done", None, "the MLflow run is complete")
+        # Of one that was lost or stopped early nobody may know whether it had begun a run: the publisher has looked.
+        message = "the MLflow run is complete" if job.mlflow_run_id else "MLflow has no open run of it"
+        return Published(job, "done", None, message)
     if ray.exit_code == EXIT_NEVER:
         return Published(job, "error", None, "the MLflow run cannot be completed; the publisher's log says why")
     pause = policy.publish_backoff(job.publish_tries + 1)
