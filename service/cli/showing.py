@@ -42,6 +42,8 @@ def _lines(job: Job) -> Iterator[tuple[str, str]]:
             yield "whole job", job.progress.job_count
     if job.state == "failed":
         yield "error", in_commands(job.complaint)
+    elif job.message and job.queue is None:
+        yield "message", in_commands(job.message)
     if job.mlflow_url:
         yield "MLflow", job.mlflow_url
 

@@ -262,6 +262,13 @@ def test_command_submit_says_what_is_waited_for(ncfm: Callable[..., tuple[int, s
     assert code == 0 and "waits for a controller" in out and "start one with `ncfm controller`" in out
 
 
+def test_command_show_says_how_a_job_ended(ncfm: Callable[..., tuple[int, str, str]], api_store: Store) -> None:
+    job_id = json.loads(ncfm("submit", "--dataset", "digits", "--ipc", "1", "--json")[1])["id"]
+    ended = "cancelled by request; nothing of it is left running; a rerun goes on from its checkpoints"
+    move(api_store, job_id, State.CANCELLED, message=ended)
+    assert ended in ncfm("show", job_id)[1]
+
+
 @pytest.mark.parametrize("command", ["show", "watch"])
 def test_command_when_an_address_is_longer_than_the_terminal_keeps_it_whole(
     ncfm: Callable[..., tuple[int, str, str]],
