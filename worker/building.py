@@ -91,7 +91,7 @@ class Building:
         return (yield from when_there_is_room(write, f"the result of {stage}"))
 
 
-def way(*, compiled: bool, compile_error: str, halvings: int) -> dict[str, JsonValue]:
+def how_computed(*, compiled: bool, compile_error: str, halvings: int) -> dict[str, JsonValue]:
     """How networks went through their steps, for the figures: no part of a key, as it moves the last bits at most.
 
     Args:

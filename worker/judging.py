@@ -15,7 +15,7 @@ from ncfm_core.evaluate import Evaluation, choose_rate, evaluate
 from ncfm_core.progress import Progress
 from ncfm_core.protocols import RATE_FRACTION
 from ncfm_core.spec import EvaluationSpec
-from worker.building import Building, way
+from worker.building import Building, how_computed
 from worker.history import Event, History, Notice, Stage
 from worker.records import Accuracy
 from worker.site import Site
@@ -93,7 +93,7 @@ def commit(building: Building, students: Generator[Progress, None, Evaluation], 
             f"memory ran out {found.halvings} times: students went on in smaller pieces; the last bits are their own"
         )
     accuracy = accuracy_of(found).model_dump(mode="json")
-    done = way(compiled=found.compiled, compile_error=found.compile_error, halvings=found.halvings)
+    done = how_computed(compiled=found.compiled, compile_error=found.compile_error, halvings=found.halvings)
     return (yield from building.commit({}, {"accuracy": accuracy, **done, **figures}))
 
 

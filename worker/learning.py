@@ -21,7 +21,7 @@ from ncfm_core.pools import TeacherTraining
 from ncfm_core.progress import Progress
 from ncfm_core.spec import ModelSpec, NcfmSpec, TrainingSpec
 from ncfm_core.synthetic import to_state
-from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, read_pool, way
+from worker.building import IMAGES_FILE, WEIGHTS_FILE, Building, how_computed, read_pool
 from worker.checkpoints import Checkpoints
 from worker.export import png
 from worker.history import Event, History, Notice, Picture, Stage
@@ -88,7 +88,7 @@ def teacher(
         yield Notice(
             f"memory ran out {task.halvings} times: teacher {index} went on in smaller pieces; the last bits are its own"
         )
-    done = way(compiled=task.compiled, compile_error=task.compile_error, halvings=task.halvings)
+    done = how_computed(compiled=task.compiled, compile_error=task.compile_error, halvings=task.halvings)
     figures: dict[str, JsonValue] = {"accuracy": task.accuracy(), "steps": task.total, **done}
     result = yield from building.commit({WEIGHTS_FILE: safetensors.torch.save(task.result())}, figures)
     yield from _cleared(checkpoints)
@@ -151,7 +151,7 @@ def distill(
         "images_per_second": (task.step - first_step) * len(task.synthetic.labels) / seconds,
     }
     execution = asdict(task.execution)
-    done = way(compiled=execution.pop("compiled"), compile_error=task.compile_error, halvings=task.halvings)
+    done = how_computed(compiled=execution.pop("compiled"), compile_error=task.compile_error, halvings=task.halvings)
     figures = {"steps": task.step, "execution": execution, **done, **_last(building.history), **rates, **shortened}
     result = yield from building.commit(run.files(), figures, key=key)
     if not shortened:
