@@ -93,6 +93,14 @@ def computes_on(world: World, job: Job, gpus: float) -> None:
     world.storage.put_record(path, status.model_copy(update={"gpus": gpus}))
 
 
+def at_work(world: World, *, gpus: float) -> Job:
+    """A job whose first attempt computes on so many."""
+    job = submit(world)
+    world.rounds(job, n=2)
+    computes_on(world, job, gpus)
+    return world.rounds(job, n=1)
+
+
 def test_job_that_computed_on_a_gpu_waits_for_one(world: World) -> None:
     world.cluster.gpus = 1
     job = submit(world)
@@ -117,10 +125,7 @@ def test_job_that_computed_on_a_gpu_waits_for_one(world: World) -> None:
 
 def test_attempt_that_is_lost_before_it_says_anything_passes_on_what_the_one_before_had(world: World) -> None:
     world.cluster.gpus = 1
-    job = submit(world)
-    world.rounds(job, n=2)
-    computes_on(world, job, 1.0)
-    world.rounds(job, n=1)
+    job = at_work(world, gpus=1.0)
     world.cluster.end(f"{job.id}-1")
     assert world.rounds(job, n=4).attempt == 2
     world.cluster.end(f"{job.id}-2")
@@ -152,10 +157,7 @@ def test_new_job_waits_some_minutes_for_gpus_that_were_there(world: World) -> No
 
 def test_job_that_began_without_gpus_holds_none_of_those_that_come(world: World) -> None:
     world.cluster.cpus = 4
-    job = submit(world)
-    world.rounds(job, n=2)
-    computes_on(world, job, 0.0)
-    world.rounds(job, n=1)
+    at_work(world, gpus=0.0)
     world.cluster.gpus = 1
     other = submit(world)
     assert world.rounds(other, n=2).state is State.STARTING
@@ -166,10 +168,7 @@ def test_job_that_began_without_gpus_holds_none_of_those_that_come(world: World)
 
 def test_job_that_wants_no_gpu_does_not_wait_for_any(world: World) -> None:
     world.cluster.gpus = 1
-    job = submit(world)
-    world.rounds(job, n=2)
-    computes_on(world, job, 1.0)
-    world.rounds(job, n=1)
+    at_work(world, gpus=1.0)
     world.cluster.gpus = 0
     other = world.submit(spec=resolve({"dataset": "digits", "ipc": 1, "resources": {"cpus": 1, "gpus": 0}}).document())
     assert world.rounds(other, n=2).state is State.STARTING

@@ -92,14 +92,19 @@ def test_stopped_attempt_saves_itself_and_goes_on_to_the_same_bits(
     assert driver.results("distill")[0].figures["steps"] == 60
 
 
-def test_second_job_goes_on_where_a_cancelled_one_saved_itself_to_the_same_bits(
-    after_first: Driver, in_process: InProcess, spec: JobSpec, caplog: pytest.LogCaptureFixture
-) -> None:
-    driver = after_first
+def stopped_in_distillation(driver: Driver, in_process: InProcess, spec: JobSpec) -> None:
+    """Job J is begun again, with its teachers alone, and stopped once its distillation can save itself."""
     for stage in ("distill", "publish", "evaluate"):
         driver.storage.delete([result_path(result.key) for result in driver.results(stage)])
     at_turn(in_process, "distill", 6, lambda: ask(driver.storage, 1, checkpoint=True))
     assert driver(spec).outcome == "stopped"
+
+
+def test_second_job_goes_on_where_a_cancelled_one_saved_itself_to_the_same_bits(
+    after_first: Driver, in_process: InProcess, spec: JobSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver = after_first
+    stopped_in_distillation(driver, in_process, spec)
     saved = {path: driver.storage.get(path) for path in driver.storage.list("checkpoints/J")}
     (step,) = {int(Path(path).stem) for path in saved}
     in_process.before = lambda label: None
@@ -247,10 +252,7 @@ def test_job_whose_time_is_over_goes_on_for_a_checkpoint_of_another_job_alone_th
     after_first: Driver, in_process: InProcess, spec: JobSpec, changed: Change, left: str
 ) -> None:
     driver = after_first
-    for stage in ("distill", "publish", "evaluate"):
-        driver.storage.delete([result_path(result.key) for result in driver.results(stage)])
-    at_turn(in_process, "distill", 6, lambda: ask(driver.storage, 1, checkpoint=True))
-    assert driver(spec).outcome == "stopped"
+    stopped_in_distillation(driver, in_process, spec)
     assert driver.storage.list("resumable") != []
     if left == "the mark":
         driver.storage.delete(driver.storage.list("checkpoints"))
